@@ -1,0 +1,10 @@
+__version__ = "0.1.0"
+
+from .data import load_data, make_grid, openmoji
+from .dct import frequency_loss, jpeg_weights
+from .decoder import PixelDecoder
+from .dit import DiT
+from .model import DeCo, create, load, load_official, sample_images, save
+
+__all__ = ["DeCo", "DiT", "PixelDecoder", "create", "frequency_loss", "jpeg_weights", "load", "load_data", "load_official",
+           "make_grid", "openmoji", "sample_images", "save"]

@@ -1,0 +1,32 @@
+import sys
+from pathlib import Path
+import pytest
+import torch
+from PIL import Image
+from deco.train import cli
+
+sys.path.insert(0, str(Path(__file__).parent))       # tests/naive.py
+
+
+def run(command, *argv) -> str:
+    "Run a command's main in this process; its one-line error, or '' where all went well."
+    try: cli(lambda: command.main([str(a) for a in argv]))
+    except SystemExit as e:
+        assert e.code not in (0, None)
+        assert "\n" not in str(e.code), "more than one line"
+        return str(e.code)
+    return ""
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    "An image folder of two classes, eight small images each."
+    root = tmp_path_factory.mktemp("photos")
+    for c, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
+        (root / c).mkdir()
+        for i in range(8): Image.new("RGB", (24 + i, 20), tuple(min(255, v + 5 * i) for v in color)).save(root / c / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)

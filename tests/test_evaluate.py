@@ -1,0 +1,173 @@
+"The report as its users meet it: sampled and given images, references, what is reused, comparisons, and what bad input gets."
+import json
+import os
+import re
+import subprocess
+import sys
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+import deco
+from conftest import run
+from deco import evaluate as evaluation
+from deco import sample as sampling
+from deco import train as training
+from deco.evaluate import ImageFiles, cautions
+from deco.metrics import Classifier
+
+
+def evaluate(*argv) -> str: return run(evaluation, *argv)
+
+
+def report(folder): return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(Classifier(5).state_dict(), path)
+    return ["--extractor", "classifier", "--extractor-weights", path]
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert run(training, "--preset", "smoke", "--data", photos, "--out", out) == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def quick(weights): return [*weights, "--num-images", 12, "--steps", 2, "--batch-size", 5]
+
+
+@pytest.fixture(scope="module")
+def done(trained, quick):
+    "An evaluated run, in the default folder."
+    assert evaluate(trained, *quick) == ""
+    return trained
+
+
+def test_report(done):
+    r, out = report(done / "evaluation"), done / "evaluation"
+    assert {p.name for p in out.iterdir()} == {"report.json", "report.md", "grid.png", "spectra.png", "reference.safetensors", "samples"}
+    assert len(list((out / "samples").glob("*.png"))) == r["n"] == r["drawn_now"] == r["settings"]["num"] == 12
+    assert r["settings"]["seed"] == 0 and r["settings"]["steps"] == 2 and r["settings"]["classes"] == ["blue", "red"] and r["reference"]["n"] == 16
+    size = deco.load(done)[1]["size"]
+    assert r["reference"]["fingerprint"].startswith(f"16x{size}x{size}-") and r["extractor"].startswith("classifier ")
+    assert all(np.isfinite(r["metrics"][k]) for k in evaluation.METRICS) and np.shape(r["spectra"]["samples"]) == (2, 3, 64)
+    assert set(r["seconds"]) >= {"drawing", "features of the samples", "features of the reference", "metrics"} and 100 < r["peak_memory_mb"] < 10_000
+    assert any("12 generated images for 128 features" in n for n in r["notes"]) and r["versions"]["torch"] == torch.__version__
+    page = (out / "report.md").read_text()
+    for key in ("seed", "guidance", "interval", "ema_decay", "labels", "steps", "solver", "extractor", "reference", "N"): assert f"\n| {key} | " in page, key
+    assert f"| {r['metrics']['fid']:.4g} |" in page and r["command"] in page and "![samples](grid.png)" in page
+    assert all(line.count("|") == 3 for line in page.splitlines() if line.startswith("|"))
+
+
+def test_same_command_reuses_the_images(done, quick):
+    before, first = report(done / "evaluation"), {p: p.stat().st_mtime_ns for p in (done / "evaluation" / "samples").glob("*.png")}
+    assert evaluate(done, *quick) == ""
+    after = report(done / "evaluation")
+    assert after["drawn_now"] == 0 and after["metrics"] == before["metrics"] and {p: p.stat().st_mtime_ns for p in first} == first
+    assert "holds images made with guidance 3.0 (now 2.0)" in evaluate(done, *quick, "--guidance", 2)
+    (done / "evaluation" / "samples" / "000007.png").unlink()
+    assert evaluate(done, *quick) == "" and report(done / "evaluation")["metrics"] == before["metrics"]
+
+
+def test_command_gives_the_same_number(done, tmp_path):
+    command = report(done / "evaluation")["command"].split()[3:]
+    assert evaluate(*command, "--out", tmp_path) == "" and report(tmp_path)["metrics"] == report(done / "evaluation")["metrics"]
+
+
+def test_given_images(done, weights, tmp_path):
+    "The same images as a folder, and as an .npz file, whose settings deco.sample left beside it."
+    size, drawn = deco.load(done)[1]["size"], report(done / "evaluation")
+    assert evaluate(done, "--samples", done / "evaluation" / "samples", *weights, "--batch-size", 5, "--out", tmp_path / "a") == ""
+    a = report(tmp_path / "a")
+    assert a["metrics"] == drawn["metrics"] and a["settings"]["seed"] == 0 and a["settings"]["guidance"] == 3 and a["drawn_now"] == 0
+    assert run(sampling, done, "--num-images", 12, "--steps", 2, "--batch-size", 5, "--out", tmp_path / "b.npz") == ""
+    (tmp_path / "real").mkdir()
+    for i in range(8): Image.new("RGB", (3 * size + i, 2 * size), (30 * i, 90, 10)).save(tmp_path / "real" / f"{i}.jpg")        # cropped on the way
+    assert evaluate("--samples", tmp_path / "b.npz", "--reference", tmp_path / "real", *weights, "--out", tmp_path / "b") == ""
+    b = report(tmp_path / "b")
+    assert b["settings"]["seed"] == 0 and b["n"] == 12 and b["reference"]["n"] == 8 and b["spectra"]["samples"] == drawn["spectra"]["samples"]
+    (tmp_path / "b" / "samples.json").unlink()
+    np.savez(tmp_path / "c.npz", arr_0=np.random.default_rng(0).integers(256, size=(20, size, size, 3), dtype=np.uint8))
+    assert evaluate("--samples", tmp_path / "c.npz", "--reference", tmp_path / "b" / "reference.safetensors", *weights, "--out", tmp_path / "c") == ""
+    c = report(tmp_path / "c")
+    assert c["reference"]["fingerprint"] == b["reference"]["fingerprint"] and any("not known" in n for n in c["notes"])
+
+
+def test_comparison(done, quick, weights, tmp_path):
+    assert evaluate(done, *quick, "--guidance", 1, "--out", tmp_path / "plain") == ""
+    assert evaluate("--compare", done, tmp_path / "plain" / "report.json", "--out", tmp_path / "both") == ""
+    page, a, b = (tmp_path / "both" / "compare.md").read_text(), report(done / "evaluation"), report(tmp_path / "plain")
+    assert "| guidance | 3 | 1 |" in page and f"| {b['metrics']['fid'] - a['metrics']['fid']:.4g} |" in page and Image.open(tmp_path / "both" / "compare.png").width > 500
+    differing = re.findall(r"^\| (\w+) ", page[page.index("## What differs"):page.index("## What is the same")], re.M)
+    assert differing == ["setting", "guidance"]
+    for name, flags in (("N", ["--num-images", 13]), ("labels", ["--labels", "random"]), ("classes", ["--classes", "red"])):
+        assert evaluate(done, *quick, *flags, "--out", tmp_path / name) == ""
+        assert f"differ in {name} (" in evaluate("--compare", done, tmp_path / name, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    for key, value in (("extractor", "inception 6726825d"), ("reference", dict(name="other", n=16, fingerprint="16x16x16-00"))):
+        (tmp_path / "edited.json").write_text(json.dumps(a | {key: value}))
+        assert f"differ in {key} (" in evaluate("--compare", done, tmp_path / "edited.json")
+    unknown = a | dict(settings=dict(samples="theirs.npz", size=a["settings"]["size"]))
+    (tmp_path / "edited.json").write_text(json.dumps(unknown))
+    assert evaluate("--compare", done, tmp_path / "edited.json", "--out", tmp_path / "odd") == "" and "> Note: labels" in (tmp_path / "odd" / "compare.md").read_text()
+    (tmp_path / "edited.json").write_text("{}")
+    assert "no report" in evaluate("--compare", done, tmp_path / "edited.json") and "no report.json in" in evaluate("--compare", done, tmp_path / "nowhere")
+
+
+def test_bad_input(done, quick, weights, tmp_path, monkeypatch):
+    out, size = ["--out", tmp_path / "out"], deco.load(done)[1]["size"]
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((20, size, 2 * size, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, size, size, 3), np.uint8))
+    np.savez(tmp_path / "good.npz", arr_0=np.random.default_rng(0).integers(256, size=(20, size, size, 3), dtype=np.uint8))
+    (tmp_path / "empty").mkdir()
+    cases = {"nowhere": ["nowhere", *weights], "give the folder of a run": [], "--num-images must be at least 4": [done, *weights, "--num-images", 3], "--batch-size": [done, *quick, "--batch-size", 0],
+             "no reference": [done, *quick, "--reference", tmp_path / "nowhere.npz"], "has images of": [done, *quick, "--reference", tmp_path / "wide.npz"],
+             "3 images: precision": [done, *quick, "--reference", tmp_path / "few.npz"], "no image in": [done, *quick, "--reference", tmp_path / "empty"],
+             "needs --extractor-weights": [done, *quick[4:], "--extractor", "classifier"], "leave out --guidance": [done, "--samples", tmp_path / "good.npz", *weights, "--guidance", 2],
+             "leave out --num-images, --labels": ["--samples", tmp_path / "good.npz", *weights, "--labels", "random", "--num-images", 9], "needs a run": ["--samples", tmp_path / "good.npz", *weights],
+             "no file of images": [done, "--samples", tmp_path / "nowhere.npz", *weights], "leave out run": ["x", "--compare", done, done]}
+    for word, argv in cases.items(): assert word in evaluate(*argv, *out), word
+    assert not (tmp_path / "out" / "samples").exists(), "nothing is drawn before all is in order"
+    assert "interval must" in evaluate(done, *quick, "--interval", 1, 0, *out)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **kw: (_ for _ in ()).throw(OSError("no route")))
+    assert "--extractor efficientnet-lite0" in evaluate(done, "--num-images", 12, *out)                # the default: Inception
+    Image.new("RGB", (size, size)).save(tmp_path / "empty" / "a.png")
+    (tmp_path / "empty" / "b.png").write_bytes(b"junk")
+    assert "b.png" in evaluate(done, "--samples", tmp_path / "empty", *weights, *out)
+    Image.new("RGB", (size, size + 1)).save(tmp_path / "empty" / "b.png")
+    assert "one size" in evaluate(done, "--samples", tmp_path / "empty", *weights, *out)
+
+
+def test_class_shares():
+    result = dict(notes=[], extractor="classifier", n=4)
+    even, real = [0, 1, 0, 1], torch.tensor([0, 1] * 10)
+    assert cautions(result, dict(seed=0), even, real) == []
+    assert "50% of the images" in cautions(result, dict(seed=0), even, torch.zeros(10, dtype=torch.long))[0]
+    assert "33% of the images" in cautions(result, dict(seed=0), [0, 1, 2], torch.tensor([0, 0, 1]))[0]
+
+
+def test_files_are_read_in_order_and_again(tmp_path):
+    for i in range(130): Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    files = ImageFiles(sorted(tmp_path.glob("*.png")))
+    for _ in range(2): assert [int(v) for x in files for v in x[:, 0, 0, 0]] == list(range(130))
+
+
+def test_several_processes(done, quick, tmp_path):
+    "torchrun shares the drawing; one process reports, and the number is the same."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deco.evaluate", done, *quick, "--out", tmp_path]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"), timeout=120)
+    a, b = report(done / "evaluation"), report(tmp_path)
+    assert b["versions"]["processes"] == 2 and b["drawn_now"] == 12 and b["metrics"]["fid"] == pytest.approx(a["metrics"]["fid"], rel=1e-3)
+
+
+def test_import_stays_light():
+    heavy = "{'scipy', 'matplotlib', 'torchvision', 'torch_fidelity'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import sys, deco.evaluate; sys.exit({heavy} or 0)"], check=True)

@@ -1,0 +1,248 @@
+"The trainer and the sampler as their users meet them: whole runs, resumed runs, and what bad input gets."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+import deco
+from conftest import run
+from deco import sample as sampling
+from deco import train as training
+
+SMALL = ["--preset", "smoke"]
+
+
+def snapshot(folder: Path) -> dict: return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    "A finished small run."
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert run(training, *SMALL, "--data", photos, "--out", out) == ""
+    return out
+
+
+def weights(folder): return deco.model.read_tensors(folder / "checkpoint.safetensors")
+
+
+# --- what a run leaves
+
+def test_files(finished, capsys, photos):
+    made = {p.name for p in finished.iterdir()}
+    assert made >= {"samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl", "checkpoint.safetensors"}
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in log] == list(range(16, 193, 16)) and {"mse", "freq", "lr", "grad_norm"} <= set(log[0])
+    assert Image.open(finished / "samples.png").size == (2 * (8 * 18 - 2), 2 * (8 * 18 - 2))
+    capsys.readouterr()
+    before = weights(finished)
+    assert run(training, *SMALL, "--data", photos, "--out", finished) == ""                   # again: it is done
+    assert "is done" in capsys.readouterr().out
+    assert all(torch.equal(v, before[k]) for k, v in weights(finished).items())
+
+
+def test_resume_is_exact(photos, tmp_path):
+    "12 steps are bit for bit 6 steps, a new process state, and 6 more."
+    common = [*SMALL, "--data", photos, "--decay", "0", "--warmup", "0"]
+    assert run(training, *common, "--out", tmp_path / "a") == ""
+    assert run(training, *common, "--out", tmp_path / "b", "--images", "96") == ""
+    assert run(training, *common, "--out", tmp_path / "b") == ""
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    rows = [[{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves(number, photos, tmp_path):
+    "Ctrl-C, or a scheduler's SIGTERM: one line, exit code not 0, nothing lost; the same command goes on."
+    command = [sys.executable, "-m", "deco.train", *SMALL, "--data", str(photos), "--out", str(tmp_path / "run"), "--images", "64000", "--save-every", "64"]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "checkpoint.safetensors").exists() and time.time() < deadline: time.sleep(0.1)
+    p.send_signal(number)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode != 0 and "stopped and saved" in err and len(err.strip().splitlines()) == 1, err
+    seen = len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) * 16
+    assert seen >= 64 and run(training, *SMALL, "--data", photos, "--out", tmp_path / "run", "--images", seen + 16) == ""
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) * 16 == seen + 16
+
+
+# --- bad input to training
+
+BAD = [(["--images", "0"], "--images"), (["--batch-size", "0"], "--batch-size"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
+       (["--guidance", "nan"], "--guidance"), (["--steps", "0"], "--steps"), (["--freq-quality", "0"], "--freq-quality"),
+       (["--label-drop", "2"], "--label-drop"), (["--ema-decay", "1"], "--ema-decay"), (["--seed", "-1"], "--seed"),
+       (["--size", "20"], "patch_size 8"), (["--size", "0"], "--size"), (["--preset", "nonsense"], "nonsense"), (["--model", "deco-xxl"], "deco-toy"),
+       (["--speed", "9"], "--speed"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--device", "cuda:99"], "--device"),
+       (["--images", "many"], "--images")]
+
+@pytest.mark.parametrize("flags, named", BAD)
+def test_bad_flags(flags, named, photos, tmp_path):
+    said = run(training, *SMALL, "--data", photos, "--out", tmp_path / "run", *flags)
+    assert named in said and not (tmp_path / "run").exists()
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no image in" in run(training, *SMALL, "--data", tmp_path / "empty", "--out", tmp_path / "run")
+
+
+def test_broken_image(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    assert "bad.png" in run(training, *SMALL, "--data", tmp_path, "--out", tmp_path / "run")
+
+
+def test_other_settings(finished, photos):
+    before = snapshot(finished)
+    said = run(training, *SMALL, "--data", photos, "--out", finished, "--lr", "0.5")
+    assert "--lr 0.002 (now 0.5)" in said and snapshot(finished) == before
+
+
+def test_foreign_folder(photos, tmp_path):
+    (tmp_path / "config.json").write_text('{"name": "something else"}')
+    assert "config.json" in run(training, *SMALL, "--data", photos, "--out", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in run(training, *SMALL, "--data", photos, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "malicious"])
+def test_bad_checkpoint(damage, finished, photos, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for p in finished.iterdir():
+        if p.is_file(): (out / p.name).write_bytes(p.read_bytes())
+    path, whole = out / "checkpoint.safetensors", (out / "checkpoint.safetensors").read_bytes()
+    class Mischief:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / "was here"),)
+    if damage == "truncated": path.write_bytes(whole[: len(whole) // 2])
+    if damage == "foreign": path.write_bytes((finished / "model.safetensors").read_bytes())
+    if damage == "malicious": torch.save(Mischief(), path)
+    before = snapshot(out)
+    said = run(training, *SMALL, "--data", photos, "--out", out, "--images", "384")
+    assert "checkpoint.safetensors" in said and snapshot(out) == before and not (tmp_path / "was here").exists()
+
+
+def test_out_is_a_file(photos, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "run" in run(training, *SMALL, "--data", photos, "--out", tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_full_disk(finished, photos, tmp_path, monkeypatch):
+    "No room while saving: one line, and the files of before are whole."
+    out = tmp_path / "run"
+    assert run(training, *SMALL, "--data", photos, "--out", out, "--images", "96", "--decay", "0", "--warmup", "0") == ""
+    before = snapshot(out)
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(training, "save_file", full)
+    said = run(training, *SMALL, "--data", photos, "--out", out, "--decay", "0", "--warmup", "0")
+    assert "No space left" in said and "checkpoint.safetensors" in said
+    after = snapshot(out)
+    assert all(after[p] == b for p, b in before.items() if p.suffix == ".safetensors" or p.name == "config.json")
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody may write")
+def test_nobody_may_write(photos): assert "/proc/run" in run(training, *SMALL, "--data", photos, "--out", "/proc/run")
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only(photos, tmp_path):
+    tmp_path.chmod(0o500)
+    try: assert "run" in run(training, *SMALL, "--data", photos, "--out", tmp_path / "run")
+    finally: tmp_path.chmod(0o700)
+
+
+def test_loss_not_finite(photos, tmp_path, monkeypatch):
+    "A NaN stops the run before it reaches the weights."
+    monkeypatch.setattr(training, "flow_loss", lambda v, target: (v - target).square().mean() * float("nan"))
+    said = run(training, *SMALL, "--data", photos, "--out", tmp_path / "run")
+    assert "nan" in said and "--lr" in said and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- sampling
+
+def test_sample(finished, tmp_path):
+    out = tmp_path / "grid.png"
+    command = [finished, "--classes", "red,0", "--num-images", "6", "--steps", "2", "--columns", "3", "--out", out]
+    assert run(sampling, *command, "--no-names") == ""
+    assert Image.open(out).size == (2 * (3 * 18 - 2), 2 * (2 * 18 - 2))
+    first = out.read_bytes()
+    assert run(sampling, *command, "--no-names", "--batch-size", "4") == "" and out.read_bytes() == first
+    assert run(sampling, *command) == "" and Image.open(out).size == (2 * (3 * 18 - 2), 2 * (2 * 18 - 2 + 12))
+
+
+def test_sample_set(finished, tmp_path):
+    "A .npz and its folder: gone on with after a loss, refused with other settings, left as it is by a mistake."
+    command = [finished, "--num-images", "9", "--steps", "2", "--batch-size", "4", "--labels", "random"]
+    assert run(sampling, *command, "--out", tmp_path / "s.npz") == ""
+    with np.load(tmp_path / "s.npz") as f: first = f["arr_0"]
+    assert first.shape == (9, 16, 16, 3) and first.dtype == np.uint8 and first.std() > 1
+    (tmp_path / "s" / "000005.png").unlink()
+    (tmp_path / "s.npz").unlink()
+    assert run(sampling, *command, "--out", tmp_path / "s.npz") == ""
+    with np.load(tmp_path / "s.npz") as f: assert np.array_equal(f["arr_0"], first)
+    before = snapshot(tmp_path)
+    assert "seed 0 (now 1)" in run(sampling, *command, "--out", tmp_path / "s", "--seed", "1") and snapshot(tmp_path) == before
+    (tmp_path / "s" / "samples.json").write_text("{")
+    assert "samples.json" in run(sampling, *command, "--out", tmp_path / "s")
+
+
+SAMPLE_BAD = [(["--classes", "7"], "7"), (["--classes", "gren"], "gren"), (["--steps", "0"], "steps"), (["--guidance", "nan"], "guidance"),
+              (["--solver", "rk9"], "rk9"), (["--order", "5"], "--order"), (["--labels", "odd"], "--labels"), (["--weak", "/no/run"], "/no/run"), (["--interval", "0.9", "0.1"], "interval"), (["--shift", "0"], "shift"), (["--num-images", "0"], "--num-images"),
+              (["--seed", "-1"], "--seed"), (["--out", "/dev/null/grid.png"], "/dev/null"), (["--device", "nonsense"], "--device")]
+
+@pytest.mark.parametrize("flags, named", SAMPLE_BAD)
+def test_sample_bad(flags, named, finished, tmp_path):
+    out = tmp_path / "grid.png"
+    out.write_text("before")
+    assert named in run(sampling, finished, "--steps", "2", "--num-images", "2", "--out", out, *flags)
+    assert out.read_text() == "before"
+
+
+def test_sample_needs_a_run(tmp_path): assert "config.json" in run(sampling, tmp_path)
+
+
+def test_sample_bare_model(tmp_path):
+    "A folder that deco.save made without saying more: classes are numbers, and the size is asked for."
+    deco.save(tmp_path, deco.create("deco-tiny", num_classes=3))
+    assert "size" in run(sampling, tmp_path, "--out", tmp_path / "grid.png")
+    deco.save(tmp_path, deco.create("deco-tiny", num_classes=3), dict(size=16))
+    assert run(sampling, tmp_path, "--out", tmp_path / "grid.png", "--num-images", "2", "--steps", "1", "--classes", "2") == ""
+
+
+def test_sample_truncated(finished, tmp_path):
+    for name in ("config.json", "model.safetensors"): (tmp_path / name).write_bytes((finished / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((finished / "model.safetensors").read_bytes()[:5000])
+    assert "model.safetensors" in run(sampling, tmp_path)
+
+
+# --- the package
+
+def test_import_is_light():
+    "import deco adds little to import torch, and pulls in neither the notebooks' tools nor a plotting library."
+    code = "import sys, time, torch; t = time.time(); import deco; s = time.time() - t; " \
+           "bad = {'nbdev', 'fastcore', 'matplotlib', 'scipy', 'torchvision', 'IPython'} & set(sys.modules); print(s, bad); assert not bad, bad; assert s < 0.5, s"
+    tries = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
+    assert any(p.returncode == 0 for p in tries), tries[-1].stdout + tries[-1].stderr
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit): training.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in training.fields(training.Config))
+
+
+def test_dry_run(tmp_path, capsys):
+    assert run(training, "--dry-run", "--out", tmp_path / "run", "--lr", "0.1") == ""
+    assert '"lr": 0.1' in capsys.readouterr().out and not (tmp_path / "run").exists()

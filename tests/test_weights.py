@@ -1,0 +1,227 @@
+"Models in the form in which they are published: save_pretrained, from_pretrained, the card, and what goes wrong with folders and hubs."
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+import pytest
+import torch
+import yaml
+import deco
+from deco import hub
+from deco.model import Baseline, DeCo, create, load_official, sample_images
+
+GOLDEN = Path(__file__).parent / "golden"
+INFO = dict(size=16, classes=["cats", "dogs | wolves"], train=dict(data="/home/someone/photos", ema_decay=0.995, guidance=2.0, steps=3),
+            images_seen=1234, metrics=dict(fid=12.345678, n=64), license="mit")
+
+
+def tiny(kind: str = "DeCo"):
+    "A small model all of whose parameters count."
+    model = create("deco-tiny", num_classes=2) if kind == "DeCo" else create("dit-toy", num_classes=2, width=64, depth=2, heads=2)
+    for p in model.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def outputs(model):
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad(): return model(torch.randn(2, 3, 16, 16, generator=g), torch.tensor([0.3, 0.8]), torch.tensor([0, 2]))
+
+
+def files(folder: Path) -> dict: return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def header(folder: Path) -> dict: return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny().save_pretrained(tmp_path / "model", INFO)
+    return tmp_path / "model"
+
+
+# --- there and back
+
+@pytest.mark.parametrize("cls", [DeCo, Baseline])
+def test_round_trip(cls, tmp_path):
+    model = tiny(cls.__name__)
+    assert type(model) is cls and isinstance(model, deco.DiT)
+    assert model.save_pretrained(tmp_path / "a" / "b", INFO) is None
+    again = cls.from_pretrained(tmp_path / "a" / "b")
+    assert torch.equal(outputs(again), outputs(model)) and not again.training and again.info == INFO
+    assert set(files(tmp_path / "a" / "b")) == {"model.safetensors", "config.json", "README.md"}
+    plain, info = deco.load(tmp_path / "a" / "b")                                         # the same folder for all that reads runs
+    assert torch.equal(outputs(plain), outputs(model)) and info["classes"] == INFO["classes"]
+    again.save_pretrained(tmp_path / "c")                                                 # what it knows of itself goes on
+    assert files(tmp_path / "c") == files(tmp_path / "a" / "b")
+
+
+def test_official(tmp_path):
+    "The authors' file, converted: the EMA and its images bit for bit."
+    model = load_official(GOLDEN / "lightning_tiny.ckpt")
+    model.save_pretrained(tmp_path, dict(size=32))
+    expected = hub.load(tmp_path)[0]
+    golden = deco.model.read_tensors(GOLDEN / "lightning_tiny.safetensors")
+    with torch.no_grad(): assert (expected(golden["x"], golden["t"], golden["y"]) - golden["v_ema"]).abs().max() < 1e-4
+    settings = dict(steps=5, guidance=3.0, interval=(0.1, 1.0), seed=2)
+    assert torch.equal(sample_images(DeCo.from_pretrained(tmp_path), [3, 10], 32, **settings), sample_images(model, [3, 10], 32, **settings))
+
+
+def test_newer_model_of_an_older_info(saved):
+    "An info that came from a config.json describes another model under \"model\": the model's own configuration is written."
+    other = create("deco-tiny", num_classes=5)
+    other.save_pretrained(saved, json.loads((saved / "config.json").read_text()))
+    assert DeCo.from_pretrained(saved).num_classes == 5
+
+
+# --- the card
+
+def test_card(saved):
+    text, model = (saved / "README.md").read_text(), tiny()
+    assert header(saved) == dict(library_name="deco", license="mit", tags=["class-conditional", "flow-matching", "model_hub_mixin", "pixel-diffusion"])
+    for part in (f"{sum(p.numel() for p in model.parameters()):,} parameters", "arxiv.org/abs/2511.19365", "dogs | wolves", "Images of 16 pixels", "label 2 stands for none",
+                 "| ema_decay | 0.995 |", "| images_seen | 1234 |", "| fid | 12.35 |", "| n | 64 |", "| data | photos |", *(f"| {k} | {v:g} |" for k, v in model.config.items() if not isinstance(v, bool))):
+        assert part in text, part
+    assert "/home" not in text and "OpenMoji" not in text
+
+
+def test_card_says_what_is_unknown(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Not recorded." in text and "None were measured." in text and "license" not in header(tmp_path)
+    assert "CC BY-SA 4.0" in hub.card(tiny(), dict(train=dict(data="openmoji"))) and hub.table({"a|b": "c\nd"}).endswith("| a\\|b | c d |")
+
+
+@pytest.mark.parametrize("kind", ["DeCo", "Baseline"])
+def test_lines_of_the_card_run(kind, tmp_path):
+    tiny(kind).save_pretrained(tmp_path, INFO | dict(sampling=dict(guidance=3.0, steps=2, interval=[0.1, 1.0])))
+    lines = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) == 4 and "interval=(0.1, 1.0)" in lines
+    here = os.getcwd()
+    try: os.chdir(tmp_path); exec(lines, {})
+    finally: os.chdir(here)
+    assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_numbers_of_a_report(saved):
+    "report.json of a run becomes the card's numbers, where config.json has none."
+    digest = lambda: hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()[:16]
+    report = dict(metrics=dict(fid=3.5), n=64, extractor="e 1", reference=dict(name="data"), settings=dict(weights=digest(), guidance=2.0))
+    (saved / "evaluation").mkdir()
+    path = saved / "evaluation" / "report.json"
+    path.write_text(json.dumps(report))
+    assert DeCo.from_pretrained(saved).info["metrics"] == INFO["metrics"]
+    DeCo.from_pretrained(saved).save_pretrained(saved, {})                                  # the same weights
+    assert DeCo.from_pretrained(saved).info["metrics"] == dict(fid=3.5, images=64, extractor="e 1", reference="data", guidance=2.0)
+    tiny().save_pretrained(saved, {})                                                       # others
+    with pytest.warns(UserWarning, match="not known to be about these weights"): assert "metrics" not in DeCo.from_pretrained(saved).info
+    for text in ("{", "{}", '{"metrics": 3, "n": 1, "extractor": "", "reference": {"name": ""}, "settings": {}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="report.json"): DeCo.from_pretrained(saved)
+
+
+def test_card_is_new_unless_written_by_hand(saved):
+    tiny().save_pretrained(saved, INFO | dict(metrics=dict(fid=1.5)))
+    assert "| fid | 1.5 |" in (saved / "README.md").read_text()
+    (saved / "README.md").write_text("mine")
+    with pytest.warns(UserWarning, match="README.md is no card"): tiny().save_pretrained(saved, INFO)
+    assert (saved / "README.md").read_text() == "mine" and DeCo.from_pretrained(saved).info == INFO
+
+
+# --- failures
+
+@pytest.mark.parametrize("where", ["deco.model.save_file", "json.dumps", "huggingface_hub.ModelCard.save", "os.replace"])
+def test_full_disk_keeps_the_folder(where, saved, monkeypatch):
+    before = files(saved)
+    def full(*args, **kw): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(where, full)
+    with pytest.raises(OSError, match=r"cannot save into .*model \(.*No space left") as e: tiny().save_pretrained(saved, dict(size=8))
+    assert "\n" not in str(e.value) and ".new-" not in str(e.value) and files(saved) == before
+
+
+def test_bad_input(saved, tmp_path):
+    model, before = tiny(), files(saved)
+    for call, kind, words in ((lambda: model.save_pretrained(saved, dict(fid=torch.ones(1))), ValueError, "JSON"),
+                              (lambda: model.save_pretrained(saved, infos=1), ValueError, "infos"),
+                              (lambda: model.save_pretrained(saved / "config.json"), OSError, "config.json"),
+                              (lambda: DeCo.from_pretrained(saved / "model.safetensors"), ValueError, "is a file"),
+                              (lambda: Baseline.from_pretrained(saved), ValueError, "DeCo.from_pretrained"),
+                              (lambda: DeCo.from_pretrained(tmp_path / "none"), FileNotFoundError, "no folder"),
+                              (lambda: DeCo.from_pretrained(tmp_path), FileNotFoundError, "no config.json")):
+        with pytest.raises(kind, match=words) as e: call()
+        assert "\n" not in str(e.value)
+    assert files(saved) == before
+
+
+def test_foreign_folders(saved):
+    "Another library's config.json, broken ones, missing and foreign weights: the file is named."
+    whole = files(saved)
+    for text in ('{"model_type": "bert"}', '{"model": {"width": "wide"}}', "[1]", "{"):
+        (saved / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"): DeCo.from_pretrained(saved)
+    (saved / "config.json").write_bytes(whole["config.json"])
+    (saved / "model.safetensors").write_bytes(whole["model.safetensors"][:5000])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole"): DeCo.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"): DeCo.from_pretrained(saved)
+
+
+def test_wrong_keys_are_listed(saved):
+    path, model = saved / "model.safetensors", tiny()
+    state = {k.replace("blocks.1.attn.proj", "blocks.1.attn.out"): v for k, v in model.state_dict().items()} | {"head.linear.bias": torch.zeros(4)}
+    deco.model.save_file(state, path)
+    with pytest.raises(ValueError) as e: DeCo.from_pretrained(saved)
+    for part in (str(path), "missing blocks.1.attn.proj.weight", "unexpected blocks.1.attn.out.bias", "head.linear.bias is (4,), not (3,)"): assert part in str(e.value)
+
+
+# --- the hub, which is not asked
+
+def test_hub_id(saved, monkeypatch, tmp_path):
+    asked = []
+    def serve(repo_id, **given):
+        asked.append((repo_id, given))
+        return str(saved)
+    monkeypatch.setattr(hub, "snapshot_download", serve)
+    again = DeCo.from_pretrained("owner/model", revision="v1", token=False)
+    assert torch.equal(outputs(again), outputs(DeCo.from_pretrained(saved))) and again.info == INFO
+    assert asked == [("owner/model", dict(allow_patterns=hub.FILES, revision="v1", token=False))]
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="zehongma/DeCo .*no config.json and no model.safetensors.*load_official"): DeCo.from_pretrained("zehongma/DeCo")
+
+
+def test_hub_errors(monkeypatch, tmp_path):
+    "The real client with its network off; an unknown repository; an id that is none; an argument that is none."
+    with pytest.raises(OSError, match="no folder owner/model, and the hub gives none") as e: DeCo.from_pretrained("owner/model", cache_dir=tmp_path, local_files_only=True)
+    assert "\n" not in str(e.value)
+    for name in ("/nowhere/at/all", "./nowhere", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"no folder {name}"): DeCo.from_pretrained(name)
+    with pytest.raises(TypeError, match="revison"): DeCo.from_pretrained("owner/model", revison="v1")
+    for error in (TimeoutError(), RuntimeError("404\nmore")):                                # an empty message, and one of many lines
+        def unknown(*a, **k): raise error
+        monkeypatch.setattr(hub, "snapshot_download", unknown)
+        with pytest.raises(OSError, match=r"owner/model.*\((TimeoutError|404)\): check the name"): DeCo.from_pretrained("owner/model")
+
+
+def test_upload(saved, monkeypatch, tmp_path):
+    "push_to_hub uploads the three files after they are saved; where it fails, they still are."
+    import huggingface_hub.hub_mixin as mixin
+    uploaded = {}
+    class Api:
+        def __init__(self, token=None): pass
+        def create_repo(self, repo_id, **kw): return type("Url", (), dict(repo_id=repo_id))
+        def upload_folder(self, repo_id, folder_path, **kw): uploaded[repo_id] = files(Path(folder_path)); return "https://hub/commit"
+    monkeypatch.setattr(mixin, "HfApi", Api)
+    assert tiny().save_pretrained(tmp_path / "x", INFO, push_to_hub=True, repo_id="owner/x") == "https://hub/commit"
+    assert uploaded == {"owner/x": files(tmp_path / "x")} and set(files(tmp_path / "x")) == {"model.safetensors", "config.json", "README.md"}
+    def broken(self, *a, **k): raise RuntimeError("401: no token\nsecond line")
+    monkeypatch.setattr(Api, "create_repo", broken)
+    with pytest.raises(OSError, match="y is saved, but the hub did not take owner/y .401: no token.") as e: tiny().save_pretrained(tmp_path / "y", push_to_hub=True, repo_id="owner/y")
+    assert "\n" not in str(e.value) and (tmp_path / "y" / "config.json").exists()
+
+
+def test_import_is_light():
+    program = "import sys, deco; heavy = [m for m in ('huggingface_hub', 'httpx', 'requests') if m in sys.modules]; sys.exit(str(heavy) if heavy else 0)"
+    subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", program], check=True)
