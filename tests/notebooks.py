@@ -87,14 +87,15 @@ def differs(old: str, new: str, rtol: float) -> bool:
 def stale(saved, fresh, rtol: float = 0.02) -> list[str]:
     """Cells whose saved outputs a new run does not reproduce; pictures count by their presence.
 
-    A cell that reports times or memory says `#| timing` and is compared by the kinds of its outputs alone.
+    A cell that reports times or memory says `#| timing`, one that shows rounding errors, which differ from processor to
+    processor, says `#| rounding`; both are compared by the kinds of their outputs alone.
     """
     found = []
     for i, (a, b) in enumerate(zip(saved.cells, fresh.cells)):
         if a.cell_type != "code" or skipped(a): continue
         old, new = outputs(a), outputs(b)
         if [(k, sorted(d)) for k, d in old] != [(k, sorted(d)) for k, d in new]: found.append(f"cell {i}: other kinds of output")
-        elif re.search(r"^#\|\s*timing", a.source, re.M): continue
+        elif re.search(r"^#\|\s*(timing|rounding)", a.source, re.M): continue
         elif any(differs(x["text/plain"], y["text/plain"], rtol) for (_, x), (_, y) in zip(old, new) if "text/plain" in x):
             found.append(f"cell {i}: other text\n  saved: {old}\n  fresh: {new}"[:800])
     return found
