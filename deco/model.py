@@ -25,7 +25,7 @@ from .flow import sample, seeded_noise
 
 # %% ../nbs/05_model.ipynb #pretrained
 class Pretrained:
-    "Two methods for a model, from and to a folder or the hub; they are `deco.hub`'s (10_weights), imported when first called."
+    "Two methods for a model, from and to a folder or the hub; they are `deco.hub`'s (11_weights), imported when first called."
     info: dict | None = None                                                # what config.json says beside the model
 
     def save_pretrained(self, folder: str | Path, info: dict | None = None, **hub) -> str | None:

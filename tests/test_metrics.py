@@ -1,4 +1,4 @@
-"Metrics as their users meet them: bad input, files, streams, merging. Values against other codes are tested in nbs/08_metrics.ipynb."
+"Metrics as their users meet them: bad input, files, streams, merging. Values against other codes are tested in nbs/09_metrics.ipynb."
 import json
 import subprocess
 import sys
