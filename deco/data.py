@@ -70,6 +70,10 @@ class Images:
 
     def __len__(self) -> int: return len(self.pixels)
 
+    def take(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        "Pixels (n, 3, S, S) and labels (n,) of the images at these indices (n,)."
+        return self.pixels[i], self.labels[i]
+
 # %% ../nbs/00_data.ipynb #c018
 def progress(items: Iterable, total: int | None = None, say: Callable = str, every: float = 10.0) -> Iterator:
     """Iterate; what takes more than a second shows how far it is, with an ETA and what say() returns.
@@ -191,9 +195,13 @@ def load_data(name: str, size: int, root: str | Path = "data") -> Images:
     return image_folder(name, size)
 
 # %% ../nbs/00_data.ipynb #c047
-def generator(*key) -> torch.Generator:
-    "A random generator on the CPU that is a function of its key, e.g. generator(\"noise\", seed, index)."
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big"))
+def generator(*key, device: str = "cpu") -> torch.Generator:
+    """A random generator that is a function of its key, e.g. generator("noise", seed, index).
+
+    What it draws is the same on every device of one kind (a GPU draws other numbers than a CPU).
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 # %% ../nbs/00_data.ipynb #c049
 def batch(images: Images, seed: int, start: int, size: int) -> tuple[Tensor, Tensor]:
@@ -208,8 +216,9 @@ def batch(images: Images, seed: int, start: int, size: int) -> tuple[Tensor, Ten
         g = generator("order", seed, epoch)
         order, coins = torch.randperm(n, generator=g), torch.rand(n, generator=g) < 0.5
         i = order[first:first + size]
+        pixels, labels = images.take(i)
         flip = (coins[i] & images.can_flip[i])[:, None, None, None]
-        parts.append((torch.where(flip, images.pixels[i].flip(-1), images.pixels[i]), images.labels[i]))
+        parts.append((torch.where(flip, pixels.flip(-1), pixels), labels))
         start, size = start + len(i), size - len(i)
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
