@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORED', 'LETTERED', 'EXTENSIONS', 'openmoji_designs', 'to_tensor', 'to_float', 'to_uint8', 'Images', 'progress',
            'cached', 'render', 'openmoji', 'center_crop', 'list_images', 'read_image', 'image_folder', 'cifar10',
-           'load_data', 'generator', 'batch', 'make_grid']
+           'load_data', 'generator', 'epoch_order', 'places', 'batch', 'make_grid']
 
 # %% ../nbs/00_data.ipynb #c002
 import hashlib
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 import torch
@@ -204,23 +205,36 @@ def generator(*key, device: str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 # %% ../nbs/00_data.ipynb #c049
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    "The order (n,) of a pass over n images, and a coin (n,) bool for each image. The last two passes are kept: do not write into them."
+    g = generator("order", seed, epoch)
+    return torch.randperm(n, generator=g), torch.rand(n, generator=g) < 0.5
+
+def places(n: int, seed: int, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Where images number start to start + size of an endless run over n images lie: indices (size,), and their coins (size,).
+
+    Every pass goes through all images once, in an order that is a function of (seed, pass), and so are the coins that
+    decide what is mirrored: a run can be taken up at any image.
+    """
+    indices, coins = [], []
+    while size > 0:
+        epoch, first = divmod(start, n)
+        order, coin = epoch_order(n, seed, epoch)
+        indices.append(order[first:first + size])
+        coins.append(coin[indices[-1]])
+        start, size = start + len(indices[-1]), size - len(indices[-1])
+    return torch.cat(indices), torch.cat(coins)
+
 def batch(images: Images, seed: int, start: int, size: int) -> tuple[Tensor, Tensor]:
     """Images number start to start + size of an endless run: uint8 (size, 3, S, S), and labels (size,).
 
-    Every pass goes through all images once, in an order that is a function of (seed, pass), and mirrors where that is
-    allowed by a coin that is a function of it too: a run can be taken up at any image.
+    In the order of `places`; mirrored where the picture allows it and its coin says so. `images` is any data set with
+    a length, `take` and `can_flip`.
     """
-    n, parts = len(images), []
-    while size > 0:
-        epoch, first = divmod(start, n)
-        g = generator("order", seed, epoch)
-        order, coins = torch.randperm(n, generator=g), torch.rand(n, generator=g) < 0.5
-        i = order[first:first + size]
-        pixels, labels = images.take(i)
-        flip = (coins[i] & images.can_flip[i])[:, None, None, None]
-        parts.append((torch.where(flip, pixels.flip(-1), pixels), labels))
-        start, size = start + len(i), size - len(i)
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    i, coins = places(len(images), seed, start, size)
+    pixels, labels = images.take(i)
+    return torch.where((coins & images.can_flip[i])[:, None, None, None], pixels.flip(-1), pixels), labels
 
 # %% ../nbs/00_data.ipynb #c051
 def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | None = None) -> Image.Image:
