@@ -25,27 +25,28 @@ from .flow import sample, seeded_noise
 
 # %% ../nbs/05_model.ipynb #pretrained
 class Pretrained:
-    "Two methods for a model, from and to a folder or the hub; they are `deco.hub`'s (11_weights), imported when first called."
+    "Two methods of a model, from and to a folder or the hub: `deco.hub`'s (11_weights), imported when first called."
     info: dict | None = None                                                # what config.json says beside the model
 
     def save_pretrained(self, folder: str | Path, info: dict | None = None, **hub) -> str | None:
-        """Write model.safetensors, config.json and a model card README.md. info (default: `self.info`): classes, size, train, metrics, ...
+        """Write model.safetensors, config.json and a model card README.md. info (default `self.info`): classes, ...
 
-        hub: push_to_hub=True and repo_id="owner/name" upload them too (then returns the address). OSError where they can't be written.
+        hub: push_to_hub=True and repo_id="owner/name" upload them too (returns the address). OSError where that fails.
         """
         from deco.hub import Published
         return Published(self, self.info if info is None else info).save_pretrained(folder, **hub)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, **hub) -> "Pretrained":
-        """The model of a folder, or of a hub repository "owner/name", in evaluation mode; `model.info` says what config.json does.
+        """The model of a folder or a hub repository "owner/name", for evaluation; `model.info` is what config.json says.
 
-        hub: revision, token, cache_dir, local_files_only, ... Raises FileNotFoundError, OSError or ValueError naming folder or repository.
+        hub: revision, token, cache_dir, local_files_only, ... FileNotFoundError, OSError, ValueError name what is wrong.
         """
         from deco.hub import Published
         found = Published.from_pretrained(folder_or_id, **hub)
         kind = type(found.model).__name__
-        if not isinstance(found.model, cls): raise ValueError(f"{folder_or_id} holds a {kind}, not a {cls.__name__}: use {kind}.from_pretrained")
+        if not isinstance(found.model, cls):
+            raise ValueError(f"{folder_or_id} holds a {kind}, not a {cls.__name__}: use {kind}.from_pretrained")
         found.model.info = found.info
         return found.model
 
@@ -59,10 +60,11 @@ class DeCo(Pretrained, DiT):
     def __init__(self, decoder_width: int = 32, decoder_depth: int = 3, decoder_gain: float = 0.0, **dit):
         super().__init__(**dit)
         c = self.config
-        self.head = PixelDecoder(c["width"], c["patch_size"], decoder_width, decoder_depth, c["channels"], decoder_gain, c["recompute"])
+        self.head = PixelDecoder(c["width"], c["patch_size"], decoder_width, decoder_depth, c["channels"], decoder_gain,
+                                 recompute=c["recompute"] != "none")
         c |= dict(decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_gain=decoder_gain)
 
-class Baseline(Pretrained, DiT): "The paper's baseline: the `DiT` of `deco.dit` with its plain head, and `Pretrained`'s two methods."
+class Baseline(Pretrained, DiT): "The paper's baseline: the `DiT` of `deco.dit`, with `Pretrained`'s two methods."
 
 def build(config: dict) -> DiT:
     "A `DeCo` where the configuration has a decoder, else a `Baseline`. Weights are random."
@@ -71,16 +73,17 @@ def build(config: dict) -> DiT:
 # %% ../nbs/05_model.ipynb #c011
 COLUMNS = ("patch_size", "width", "depth", "heads", "recompute", "decoder_width", "decoder_depth", "decoder_gain")
 SIZES = {
-    "deco-xl":   (16,       1152,    28,      16,      True,        32,              3,               0.0),
-    "deco-l":    (16,       1024,    22,      16,      True,        32,              3,               0.0),
-    "dit-l":     (16,       1024,    24,      16,      True),
-    "deco-toy":  (8,        192,     4,       3,       False,       32,              3,               0.5),
-    "dit-toy":   (8,        192,     6,       3,       False),
-    "deco-tiny": (8,        64,      2,       2,       False,       8,               2,               0.5),
+    "deco-xl":   (16,       1152,    28,      16,      "cheap",     32,              3,               0.0),
+    "dit-xl":    (16,       1152,    28,      16,      "cheap"),
+    "deco-l":    (16,       1024,    22,      16,      "cheap",     32,              3,               0.0),
+    "dit-l":     (16,       1024,    24,      16,      "cheap"),
+    "deco-toy":  (8,        192,     4,       3,       "none",      32,              3,               0.5),
+    "dit-toy":   (8,        192,     6,       3,       "none"),
+    "deco-tiny": (8,        64,      2,       2,       "none",      8,               2,               0.5),
 }
 
 def create(name: str, **overrides) -> DiT:
-    "A model of a named size with random weights; overrides are arguments of `DeCo` or `DiT`. ValueError for an unknown name."
+    "A model of a named size, weights random; overrides are arguments of `DeCo` or `DiT`. ValueError: unknown name."
     if name not in SIZES: raise ValueError(f"unknown model {name!r}; choose from {', '.join(SIZES)}")
     return build(dict(zip(COLUMNS, SIZES[name])) | overrides)
 
@@ -98,7 +101,8 @@ def write_atomic(path: Path, write) -> None:
 def read_json(path: Path) -> dict:
     "A JSON object from a file. ValueError naming a file that holds none."
     try: found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e: raise ValueError(f"{path} is not readable as JSON ({e}): restore it or use another folder") from None
+    except (ValueError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not readable as JSON ({e}): restore it or use another folder") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds no JSON object: restore it or use another folder")
     return found
 
@@ -141,19 +145,19 @@ def fill(model: DiT, state: dict[str, Tensor], source: str) -> None:
 
 # %% ../nbs/05_model.ipynb #c025
 @torch.no_grad()
-def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int] = 32, *, seed: int = 0, first: int = 0, batch_size: int = 64,
-                  **settings) -> Tensor:
+def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int] = 32, *, seed: int = 0, first: int = 0,
+                  batch_size: int = 64, **settings) -> Tensor:
     """Images (len(labels), C, H, W) in [-1, 1] on the CPU, one per label (num_classes stands for no label).
 
-    size: pixels, one number or (H, W). The i-th is image number first + i, a function of (seed, its number, its label) alone,
-    whatever the batch size. settings: steps, solver, order, guidance, interval, shift, weak of `deco.flow.sample`.
+    size: pixels, one number or (H, W). The i-th is image number first + i, a function of (seed, its number, its label)
+    alone, not of the batch size. settings: steps, solver, order, guidance, interval, shift, weak of `deco.flow.sample`.
     """
     device, images = next(model.parameters()).device, []
     shape = (model.config["channels"], *((size, size) if isinstance(size, int) else size))
     starts = range(0, len(labels), batch_size)
     for i in progress(starts) if len(starts) > 1 else starts:
         y = torch.tensor(labels[i:i + batch_size])
-        model.grid(torch.empty(1, *shape, device="meta"), y)                             # says what is wrong before any work
+        model.grid(torch.empty(1, *shape, device="meta"), y)                        # says what is wrong before any work
         noise = seeded_noise(seed, range(first + i, first + i + len(y)), shape).to(device)
         images.append(sample(model, noise, y.to(device), **settings).clamp(-1, 1).cpu())
     return torch.cat(images)
@@ -193,7 +197,8 @@ def reordered(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     halves = torch.cat([torch.arange(0, hw, 2), torch.arange(1, hw, 2)])
     out = dict(state) | {"patch_embed.weight": state["patch_embed.weight"].unflatten(1, (-1, P2)).transpose(1, 2).flatten(1)}
     for key, w in state.items():
-        if "decoder_width" not in config and key.startswith("head.linear"): out[key] = w.unflatten(0, (-1, P2)).transpose(0, 1).flatten(0, 1)
+        if "decoder_width" not in config and key.startswith("head.linear"):
+            out[key] = w.unflatten(0, (-1, P2)).transpose(0, 1).flatten(0, 1)
         if key.endswith(("q_norm.weight", "k_norm.weight")): out[key] = w[halves]
         if key.endswith("qkv.weight"):
             q, k, v = w.unflatten(0, (3, config["heads"], hw))                          # each (heads, hw, width)
@@ -210,8 +215,8 @@ def read_checkpoint(path: Path) -> dict:
         code = isinstance(e, pickle.UnpicklingError) and "weights_only" in str(e)
         reason = "it holds code or objects other than tensors, which are never run" if code else "it is cut short or no checkpoint"
         raise ValueError(f"cannot read checkpoint {path}: {reason}") from None
-    if not isinstance(found, dict): raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
-    return found
+    if isinstance(found, dict): return found
+    raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
 
 def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     """The authors' class-to-image DeCo or plain DiT, from a Lightning checkpoint, a state dict, or the path of one.
@@ -223,14 +228,17 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     state = source if isinstance(source, dict) else read_checkpoint(Path(source))
     state = state.get("state_dict", state)
     prefix = "ema_denoiser." if ema else "denoiser."
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()): raise ValueError(f"{name} holds no state dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{name} holds no state dict of tensors")
     if any(k.startswith(("denoiser.", "ema_denoiser.")) for k in state):
         state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
         if not state: raise ValueError(f"{name} holds no {prefix}* weights: load it with ema={not ema}")
-    if any(k.startswith("text_refine_blocks") for k in state): raise ValueError(f"{name} is a text-to-image model; only class-to-image models are read so far")
+    if any(k.startswith("text_refine_blocks") for k in state):
+        raise ValueError(f"{name} is a text-to-image model; only class-to-image models are read so far")
     state = renamed({k.replace("_orig_mod.", ""): v for k, v in state.items()})
     try: config = inferred(state)
-    except (KeyError, ValueError, AttributeError) as e: raise ValueError(f"{name} is not a checkpoint of the authors' DeCo or DiT (no {e})") from None
+    except (KeyError, ValueError, AttributeError) as e:
+        raise ValueError(f"{name} is not a checkpoint of the authors' DeCo or DiT (no {e})") from None
     model = build(config)
     fill(model, reordered(state, config), name)
     return model.eval()

@@ -61,6 +61,7 @@ def test_times_and_crop():
         assert torch.equal(to_tensor(center_crop(Image.fromarray(f[f"in{i}"].numpy()), size)).permute(1, 2, 0), f[f"out{i}"])
 
 
-@pytest.mark.parametrize("name, count", [("deco-l", 426_938_019), ("deco-xl", 682_282_851), ("dit-l", 459_171_584)])
+@pytest.mark.parametrize("name, count", [("deco-l", 426_938_019), ("deco-xl", 682_282_851), ("dit-l", 459_171_584),
+                                         ("dit-xl", 676_360_128)])
 def test_parameter_counts(name, count):
     with torch.device("meta"): assert sum(p.numel() for p in deco.create(name).parameters()) == count
