@@ -1,0 +1,72 @@
+"""Rehearse a sharded training step with many ranks in one process: torch's fake process group and fake tensors, no memory, no GPU.
+
+    python tests/rehearse.py --model deco-xl --ranks 64 512       prints one JSON object per number of ranks
+
+Rank 0 builds the model, shards every block and the root (FSDP2), runs forward and backward of one image and steps AdamW. Counted are
+the bytes of its shards, the bytes of the whole tensors that the collectives gather and scatter, and what torch's own memory tracker
+finds beside the shards at the peak (of a second backward pass, when gradients exist). `--depth` shortens the model.
+"""
+import argparse
+import json
+import time
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from deco.model import COLUMNS, SIZES, build
+
+
+class Collectives(TorchDispatchMode):
+    "Bytes of the whole tensor of every all-gather and reduce-scatter."
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f._schema.name.removeprefix("c10d::")
+        if name in self.bytes: self.bytes[name] += max(a.nbytes for a in args if isinstance(a, torch.Tensor))
+        return f(*args, **(kwargs or {}))
+
+
+def rehearse(config: dict, size: int, ranks: int) -> dict:
+    "Bytes of rank 0's weights, gradients and moments; gathered and scattered in a step; beside the shards at the peak."
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    start = time.time()
+    try:
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        with FakeTensorMode():
+            model = build(config)
+            grid = (size // model.patch_size,) * 2
+            model.grid = lambda x, y: grid                        # the real one looks at the labels' values, which do not exist
+            for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
+            x, t, y = torch.zeros(1, model.config["channels"], size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+            backward = lambda: model(x, t, y).square().mean().backward()
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            with Collectives() as sent: backward()
+            optimizer.step()
+            count = lambda tensors: sum(v.to_local().nbytes for v in tensors)
+            moments = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+            found = dict(weights=count(model.parameters()), gradients=count(p.grad for p in model.parameters()), moments=count(moments),
+                         gathered=sent.bytes["_allgather_base_"], scattered=sent.bytes["_reduce_scatter_base_"])
+            tracker = FSDPMemTracker(model, None)
+            with tracker: backward()
+            peak = {str(k).rpartition(".")[2]: v for k, v in list(tracker.get_tracker_snapshot("peak").values())[0].items()}
+        return found | dict(beside=peak["Total"] - peak["SHARDED_PARAM"] - peak["SHARDED_GRAD"], seconds=round(time.time() - start, 1))
+    finally: dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, default="deco-xl")
+    parser.add_argument("--depth", type=int, help="blocks (default: all)")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64])
+    args = parser.parse_args()
+    config = dict(zip(COLUMNS, SIZES[args.model])) | dict(recompute="blocks") | (dict(depth=args.depth) if args.depth else {})
+    for ranks in args.ranks: print(json.dumps(dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks) | rehearse(config, args.size, ranks)))
+
+
+if __name__ == "__main__": main()
