@@ -121,18 +121,20 @@ def save(folder: str | Path, model: DiT, info: dict | None = None) -> None:
     write_atomic(folder / "model.safetensors", lambda p: save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, p))
     write_atomic(folder / "config.json", lambda p: p.write_text(text))
 
-def load(folder: str | Path) -> tuple[DiT, dict]:
-    """The model that `save` or a training run left in a folder (its EMA), in evaluation mode, and its config.json.
+def load(folder: str | Path, weights: str = "model.safetensors") -> tuple[DiT, dict]:
+    """The model that `save` or a training run left in a folder, in evaluation mode, and its config.json.
 
+    weights: the file in it; a run's model.safetensors is its first EMA, model-<decay>.safetensors another.
     Raises FileNotFoundError, or ValueError, naming the file that is missing, broken or of another kind.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file(): raise FileNotFoundError(f"no {name} in {folder}: give the folder of a finished run of deco.train, or let it save first")
+    for name in ("config.json", weights):
+        if (folder / name).is_file(): continue
+        raise FileNotFoundError(f"no {name} in {folder}: give the folder of a finished run of deco.train, or let it save first")
     info = read_json(folder / "config.json")
     try: model = build(info["model"])
     except (KeyError, TypeError) as e: raise ValueError(f"{folder / 'config.json'} does not describe a model of deco ({e})") from None
-    fill(model, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    fill(model, read_tensors(folder / weights), str(folder / weights))
     return model.eval(), info
 
 def fill(model: DiT, state: dict[str, Tensor], source: str) -> None:
