@@ -135,8 +135,8 @@ def members(shard: str, faults: list) -> list[tuple]:
                 if not 0 <= m.size <= total - m.offset_data: break           # cut off within this member
                 key, _, kind = name.rpartition("/")[2].partition(".")        # WebDataset: what is alike up to the first dot is one sample
                 key, kind = name[:len(name) - len(kind)], kind.lower()
-                if kind not in ("jpg", "jpeg", "png", "webp", "cls", "txt", "json") or m.isdir(): continue
                 climbs = name.startswith("/") or ".." in re.split(r"[/\\]", name)
+                if m.isdir() or not climbs and kind not in ("jpg", "jpeg", "png", "webp", "cls", "txt", "json"): continue
                 if climbs or not m.isreg() or m.issparse():
                     faults.append([f"{shard}/{name}", "its path leads out of the archive" if climbs else "no regular file"])
                 elif kind in ("cls", "txt", "json"):
@@ -153,8 +153,8 @@ def find_shards(source: str) -> list[str]:
     "The .tar files that a file, a folder of nothing else, a glob or a brace pattern stands for; [] for anything else."
     brace = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", source)
     if os.path.isdir(source):
-        images = any(e.is_dir() or os.path.splitext(e.name)[1].lower() in EXTENSIONS for e in os.scandir(source))
-        return [] if images else sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
+        images = (e.is_dir() or os.path.splitext(e.name)[1].lower() in EXTENSIONS for e in os.scandir(source) if e.name[0] != ".")
+        return [] if any(images) else sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
     if not brace: return sorted(glob.glob(source)) if glob.has_magic(source) else [source] if source.endswith(".tar") else []
     first, last, names = brace.groups()
     parts = names.split(",") if first is None else [f"{k:0{len(first)}}" for k in range(int(first), int(last) + 1)]
@@ -217,7 +217,7 @@ class Files:
                     pixels[row], labels[row] = decode(path if length < 0 else self.index.bases[base], start, length, self.size), label
                     break
                 except Exception as e:                                       # a broken file makes Pillow raise anything
-                    if j == k: bad.append((path, " ".join(str(e).split()) or type(e).__name__))
+                    if j == k: bad.append((path, " ".join(re.sub("<.*>|'.*'", "", str(e)).split()) or type(e).__name__))
             else: raise ValueError(f"no picture from {bad[-1][0]} ({bad[-1][1]}) to {path} can be read: mend them or take them out")
         return pixels, labels, bad
 
@@ -231,7 +231,7 @@ class Files:
         share, n = max(min(self.tried, len(self)), min(len(self), 10_000)), len(self.bad)
         if n > self.max_bad * share:
             some = "; ".join(f"{path} ({reason})" for path, reason in list(self.bad.items())[:3])
-            raise ValueError(f"{n} bad pictures, more than {self.max_bad:g} of {share:,}: {some}: mend them or raise max_bad")
+            raise ValueError(f"bad pictures: {n}, more than {self.max_bad:g} of {share:,}: {some}: mend them or raise max_bad")
 
     def take(self, i: Tensor) -> tuple[Tensor, Tensor]:
         "Pixels (n, 3, S, S) uint8 and labels (n,) of the pictures at these indices (n,), bad ones replaced and counted."
