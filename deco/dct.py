@@ -64,7 +64,7 @@ def dct_spectrum(x: Tensor) -> Tensor:
 
     Paper Alg. 3, before its log and scaling.
     """
-    with torch.autocast(x.device.type, enabled=False): energy = block_dct(x.float()).square().mean((0, 2, 3))      # (C, 8, 8)
+    with torch.autocast(x.device.type, enabled=False): energy = block_dct(x.float()).square().mean((0, 2, 3))   # (C, 8, 8)
     return energy.flatten(1)[:, zigzag().to(x.device)]
 
 # %% ../nbs/01_dct.ipynb #c058
@@ -80,7 +80,7 @@ def jpeg_tables(quality: int) -> Tensor:
 
     Paper Eq. 11, with libjpeg's rule below 50. Raises ValueError for a quality outside 1..100.
     """
-    try: q = 0 if isinstance(quality, bool) else operator.index(quality)     # any whole number, numpy's too; True is none
+    try: q = 0 if isinstance(quality, bool) else operator.index(quality)    # a whole number, numpy's too; True is none
     except TypeError: q = 0
     if not 1 <= q <= 100: raise ValueError(f"quality must be a whole number from 1 to 100, not {quality!r}")
     scale = 5000 // q if q < 50 else 200 - 2 * q
@@ -102,7 +102,8 @@ def frequency_loss(pred: Tensor, target: Tensor, quality: int = 85, gamma: float
     The transform is linear, so it is applied once, to the difference, in float32 even under autocast.
     Raises ValueError for two shapes (they would be broadcast) and for a quality outside 1..100.
     """
-    if pred.shape != target.shape: raise ValueError(f"pred and target must have one shape, not {tuple(pred.shape)} and {tuple(target.shape)}")
+    if pred.shape != target.shape:
+        raise ValueError(f"pred and target must have one shape, not {tuple(pred.shape)} and {tuple(target.shape)}")
     with torch.autocast(pred.device.type, enabled=False):
         error = block_dct(rgb_to_ycbcr(pred.float() - target.float()))      # (B, 3, H/8, W/8, 8, 8)
         w = jpeg_weights(quality, gamma).to(error.device)[:, None, None]     # (3, 1, 1, 8, 8)

@@ -142,7 +142,8 @@ def fill(model: DiT, state: dict[str, Tensor], source: str) -> None:
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape]
-    if wrong: raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:8])}" + f" and {len(wrong) - 8} more" * (len(wrong) > 8))
+    more = f" and {len(wrong) - 8} more" * (len(wrong) > 8)
+    if wrong: raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:8])}{more}")
     model.load_state_dict(state)
 
 # %% ../nbs/05_model.ipynb #c025
