@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Size', 'PRECISIONS', 'BLOCKS', 'ENCODERS', 'resolved', 'tokens', 'dealt', 'parameters', 'hidden', 'flops',
-           'step_flops', 'activations', 'activation_bytes', 'memory', 'communication', 'plan', 'show', 'main']
+           'step_flops', 'activations', 'activation_bytes', 'memory', 'communication', 'plan', 'show', 'cost', 'main']
 
 # %% ../nbs/13_plan.ipynb #p002
 import inspect
@@ -38,12 +38,13 @@ def parameters(config: dict, ranks: int = 1) -> dict[str, int]:
 
     total = depth * block + rest; matrices: those of all ranks that are factors of products (autocast copies them).
     """
-    with torch.device("meta"): model = build({k: v for k, v in config.items() if k != "recompute"})
+    with torch.device("meta"): model = build(config | dict(depth=1))                         # all blocks are alike
     shapes = {n: p.shape for n, p in model.named_parameters()}
     block = dealt([s for n, s in shapes.items() if n.startswith("blocks.0.")], ranks)
     rest = dealt([s for n, s in shapes.items() if not n.startswith("blocks.")], ranks)
-    matrices = sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and not n.startswith("label_embed"))
-    return dict(total=len(model.blocks) * block + rest, block=block, rest=rest, matrices=matrices)
+    matrices = lambda start: sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and n.startswith(start))
+    depth, once = resolved(config)["depth"], matrices("") - matrices("blocks") - matrices("label_embed")
+    return dict(total=depth * block + rest, block=block, rest=rest, matrices=depth * matrices("blocks") + once)
 
 # %% ../nbs/13_plan.ipynb #p013
 def hidden(c: dict) -> int: return int(2 * int(c["width"] * c["mlp_ratio"]) / 3)            # the gated MLP's inner width
@@ -99,17 +100,19 @@ def activation_bytes(config: dict, size: Size, recompute: str | bool | None = No
 
 # %% ../nbs/13_plan.ipynb #p033
 def memory(config: dict, size: Size, images: int, *, recompute: str | bool | None = None, precision: str = "float32",
-           parallel: str = "ddp", gpus: int = 1, emas: int = 1, encoder: int = 0) -> dict[str, int]:
+           parallel: str = "ddp", gpus: int = 1, passes: int = 1, emas: int = 1, encoder: int = 0) -> dict[str, int]:
     """Bytes on the fullest GPU if all of it is there at once, by part.
 
-    images: per GPU and pass; emas: averages of the weights; encoder: parameters of a frozen one. Not counted: gradients of activations, workspaces, what the allocator wastes, CUDA itself.
+    images: per GPU and pass; passes: of an optimizer step; emas: averages of the weights; encoder: parameters of a frozen one.
+    Not counted: REPA's projector, gradients of activations, workspaces, what the allocator wastes, CUDA itself.
     """
     if parallel not in ("ddp", "fsdp"): raise ValueError(f"--parallel must be ddp or fsdp, not {parallel}")
-    c, whole, ranks = resolved(config), parameters(config), gpus if parallel == "fsdp" else 1
-    own = parameters(config, ranks)             # whole for a while: weights of root and two blocks, gradients of root, of one block,
-    beside = 4 * ranks * (2 * own["rest"] + 4 * own["block"]) if ranks > 1 else 0           # and of another that is being sent
+    c, every, ranks = resolved(config), parameters(config), gpus if parallel == "fsdp" else 1
+    own = parameters(config, ranks)
+    there = 2 * own["rest"] + 4 * own["block"] + (own["total"] if passes > 1 else 0)  # the last: gradients until the last pass
     return {"weights": 4 * own["total"], "gradients": 4 * own["total"], "Adam's moments": 8 * own["total"], "EMA": 4 * own["total"] * emas,
-            "gathered": beside, "encoder": 4 * encoder, "bf16 copies": 2 * whole["matrices"] if precision == "bf16" else 0,
+            "gathered": 4 * ranks * there if ranks > 1 else 0, "buckets": 4 * every["total"] if parallel == "ddp" and gpus > 1 else 0,
+            "encoder": 4 * encoder, "bf16 copies": 2 * every["matrices"] if precision == "bf16" else 0,
             "batch": images * 20 * tokens(c, size) * c["patch_size"]**2 * c["channels"],    # data, noise, x_t, target, prediction
             "activations": images * activation_bytes(config, size, recompute, precision),
             "computed again": images * activations(config, size, recompute, precision)["again"]}
@@ -118,13 +121,13 @@ def memory(config: dict, size: Size, images: int, *, recompute: str | bool | Non
 def communication(config: dict, *, parallel: str = "ddp", gpus: int = 1, passes: int = 1) -> dict[str, int]:
     """Bytes that each GPU sends (and receives) in one optimizer step of `passes` passes, by collective, float32, along a ring.
 
-    DDP: one all-reduce of the gradients, 2 (n - 1)/n of their bytes. FSDP, each pass: weights all-gathered for forward and backward
-    (the root's once), gradients reduce-scattered, (n - 1)/n of the bytes each, rows padded to a multiple of n.
+    DDP: one all-reduce of the gradients, 2 (n - 1)/n of their bytes. FSDP: in each pass weights all-gathered for forward and backward
+    (the root's once), in the last one gradients reduce-scattered; (n - 1)/n of the bytes each, rows padded to a multiple of n.
     """
     share, p = (gpus - 1) / gpus, parameters(config, gpus if parallel == "fsdp" else 1)
     if parallel == "ddp": return {"all-reduce": round(2 * share * 4 * p["total"])}
-    sent = passes * share * 4 * gpus
-    return {"all-gather": round(sent * (2 * p["total"] - p["rest"])), "reduce-scatter": round(sent * p["total"])}
+    sent = share * 4 * gpus
+    return {"all-gather": round(passes * sent * (2 * p["total"] - p["rest"])), "reduce-scatter": round(sent * p["total"])}
 
 # %% ../nbs/13_plan.ipynb #p046
 def plan(config: dict, size: Size, *, batch_size: int, images: int, gpus: int = 1, micro_batch: int = 0,
@@ -143,9 +146,9 @@ def plan(config: dict, size: Size, *, batch_size: int, images: int, gpus: int = 
     per_gpu = batch_size // gpus
     micro = micro_batch or per_gpu
     if micro < 1 or per_gpu % micro: raise ValueError(f"--micro-batch {micro_batch} must divide the {per_gpu} images of each GPU")
-    if min(emas, encoder) < 0: raise ValueError(f"--emas and --encoder must be at least 0, not {emas} and {encoder}")
+    if min(emas, encoder) < 0: raise ValueError(f"emas and encoder must be at least 0, not {emas} and {encoder}")
     how = dict(recompute=resolved(config, recompute)["recompute"], precision=precision, parallel=parallel)
-    used = lambda n: memory(config, size, n, **how, gpus=gpus, emas=emas, encoder=encoder)
+    used = lambda n: memory(config, size, n, **how, gpus=gpus, passes=per_gpu // micro, emas=emas, encoder=encoder)
     first, second = (sum(used(n).values()) for n in (1, 2))
     sent = communication(config, parallel=parallel, gpus=gpus, passes=per_gpu // micro)
     step = step_flops(config, size, how["recompute"]) + 2 * encoder * tokens(resolved(config), size)
@@ -176,35 +179,37 @@ def show(p: dict) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in rows)
 
 # %% ../nbs/13_plan.ipynb #p054
-ENCODERS = dict(vits=22_000_000, vitb=87_000_000, vitl=304_000_000, vitg=1_136_000_000)     # DINOv2's sizes, parameters
+ENCODERS = {"dinov2-b": 86_579_712}                         # parameters of the frozen encoders that cost something beside a large model
 
+def cost(cfg, *, gpus: int = 1, classes: int = 0, tflops: float = 125.0, bandwidth: float = 100.0, capacity: float = 80.0) -> str:
+    "The plan, to read, of a run with a `deco.train.Config` on so many GPUs; classes: of the data (0: 1000, or a named set's)."
+    s = dict(micro_batch=0, recompute="auto", precision="float32", parallel="ddp", repa="none") | vars(cfg)
+    if classes < 0: raise ValueError(f"--classes must be at least 0, not {classes}")
+    config = dict(zip(COLUMNS, SIZES[s["model"]])) | dict(num_classes=classes or (10 if s["data"] in ("openmoji", "cifar10") else 1000))
+    keep = {k: s[k] for k in ("batch_size", "images", "micro_batch", "precision", "parallel")}
+    return show(plan(config, s["size"], **keep, gpus=gpus, recompute=None if s["recompute"] == "auto" else s["recompute"],
+                     emas=len(s["ema_decay"]) if isinstance(s["ema_decay"], tuple) else 1, encoder=ENCODERS.get(s["repa"], 0),
+                     tflops=tflops, bandwidth=bandwidth, capacity=capacity))
+
+# %% ../nbs/13_plan.ipynb #p055
 def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.plan`."
     import argparse
     from deco.train import PRESETS, Config, Parser
     parser = Parser(prog="python -m deco.plan", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="What a training run will cost, before it is started. Whatever is not given comes from the preset.")
+                    description="What a training run will cost, before it is started. Settings that are not given are the preset's.")
     parser.add_argument("--preset", choices=PRESETS, default="openmoji", help="a preset of deco.train")
-    add = lambda name, help="", **kw: parser.add_argument("--" + name, help=help, **dict(default=argparse.SUPPRESS) | kw)
-    for name in ("size", "batch-size", "images", "micro-batch", "emas"): add(name, type=int, metavar="N")
-    choices = dict(model=SIZES, recompute=RECOMPUTE, precision=PRECISIONS, parallel=("ddp", "fsdp"))
-    for name in choices: add(name, choices=choices[name])
-    add("repa", "the frozen encoder (counted: the sizes of DINOv2), or none", metavar="NAME")
-    add("classes", "classes of the data set", type=int, default=1000, metavar="N")
-    add("gpus", "processes, one GPU each", type=int, default=1, metavar="N")
-    add("tflops", "achieved per GPU; the default is 0.4 of the 312 that an A800 could do in bf16", type=float, default=125.0)
-    add("bandwidth", "GB/s that a GPU sends: an assumption", type=float, default=100.0)
-    add("capacity", "GB of a GPU's memory", type=float, default=80.0)
+    given = dict(default=argparse.SUPPRESS)
+    for name in ("size", "batch-size", "images", "micro-batch"): parser.add_argument(f"--{name}", type=int, metavar="N", **given)
+    choices = dict(model=SIZES, recompute=("auto", *RECOMPUTE), precision=PRECISIONS, parallel=("ddp", "fsdp"), repa=("none", *ENCODERS))
+    for name in choices: parser.add_argument(f"--{name}", choices=choices[name], **given)
+    machine = dict(gpus=(1, "processes, one GPU each"), classes=(0, "classes of the data; 0: 1000, or a named data set's"),
+                   tflops=(125.0, "TFLOP/s that a GPU achieves; the default is 0.4 of an A800's 312 in bf16, an assumption"),
+                   bandwidth=(100.0, "GB/s that a GPU sends: an assumption"), capacity=(80.0, "GB of a GPU's memory"))
+    for name, (value, text) in machine.items(): parser.add_argument(f"--{name}", type=type(value), default=value, help=text, metavar="N")
     args = vars(parser.parse_args(argv))
-    preset = vars(Config(**PRESETS[args.pop("preset")]))
-    s = dict(micro_batch=0, precision="float32", parallel="ddp", repa="none", recompute=None) | preset | args
-    decays = s.get("ema_decay", ())
-    emas = args.get("emas", len(decays) if isinstance(decays, (tuple, list)) else 1)
-    encoder = next((n for name, n in ENCODERS.items() if name in s["repa"].replace("-", "").replace("_", "").lower()), 0)
-    if s["classes"] < 1: raise ValueError(f"--classes must be at least 1, not {s['classes']}")
-    config = dict(zip(COLUMNS, SIZES[s["model"]])) | dict(num_classes=s["classes"])
-    keys = ("batch_size", "images", "gpus", "micro_batch", "recompute", "precision", "parallel", "tflops", "bandwidth", "capacity")
-    print(show(plan(config, s["size"], **{k: s[k] for k in keys}, emas=emas, encoder=encoder)))
+    settings = vars(Config(**PRESETS[args.pop("preset")]))
+    print(cost(argparse.Namespace(**settings | {k: v for k, v in args.items() if k not in machine}), **{k: args[k] for k in machine}))
 
 if __name__ == "__main__" and "__file__" in globals():
     from deco.train import cli
