@@ -200,7 +200,7 @@ class Files:
                  relist: bool = False):
         if size < 1: raise ValueError(f"size must be at least 1 pixel, not {size}")
         self.index, self.size, self.max_bad = load_index(source, root, relist), size, max_bad
-        self.classes, self.can_flip = self.index.classes, torch.full((len(self),), flip)
+        self.classes, self.labels, self.can_flip = self.index.classes, self.index.table[:, 2], torch.full((len(self),), flip)
         self.tried, self.bad = 0, {}                                         # pictures asked for; path and reason of each that was replaced
         for path, reason in self.index.faults[:3]: log.warning("left out: %s: %s (one of %d)", path, reason, len(self.index.faults))
 

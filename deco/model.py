@@ -80,6 +80,7 @@ SIZES = {
     "deco-toy":  (8,        192,     4,       3,       "none",      32,              3,               0.5),
     "dit-toy":   (8,        192,     6,       3,       "none"),
     "deco-tiny": (8,        64,      2,       2,       "none",      8,               2,               0.5),
+    "dit-tiny":  (8,        64,      3,       2,       "none"),
 }
 
 def create(name: str, **overrides) -> DiT:

@@ -1,6 +1,7 @@
 "The trainer and the sampler as their users meet them: whole runs, resumed runs, and what bad input gets."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import run
 from deco import sample as sampling
 from deco import train as training
 
-SMALL = ["--preset", "smoke"]
+SMALL = ["--smoke"]
 
 
 def snapshot(folder: Path) -> dict: return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -29,17 +30,20 @@ def finished(photos, tmp_path_factory):
     return out
 
 
-def weights(folder): return deco.model.read_tensors(folder / "checkpoint.safetensors")
+def weights(folder):
+    "All that the newest checkpoint holds."
+    files = sorted(training.checkpoints(folder)[-1].glob("*.safetensors"))
+    return {k: v for path in files for k, v in deco.model.read_tensors(path).items()}
 
 
 # --- what a run leaves
 
 def test_files(finished, capsys, photos):
     made = {p.name for p in finished.iterdir()}
-    assert made >= {"samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl", "checkpoint.safetensors"}
+    assert made >= {"samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl", "checkpoints"}
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in log] == list(range(16, 193, 16)) and {"mse", "freq", "lr", "grad_norm"} <= set(log[0])
-    assert Image.open(finished / "samples.png").size == (2 * (8 * 18 - 2), 2 * (8 * 18 - 2))
+    assert [row["images"] for row in log] == [16, 32, 48, 64] and {"mse", "freq", "lr", "grad_norm", "speed"} <= set(log[0])
+    assert Image.open(finished / "samples.png").size == (4 * (8 * 18 - 2), 4 * (8 * 18 - 2))
     capsys.readouterr()
     before = weights(finished)
     assert run(training, *SMALL, "--data", photos, "--out", finished) == ""                   # again: it is done
@@ -48,14 +52,14 @@ def test_files(finished, capsys, photos):
 
 
 def test_resume_is_exact(photos, tmp_path):
-    "12 steps are bit for bit 6 steps, a new process state, and 6 more."
+    "4 steps are bit for bit 2 steps, a new process state, and 2 more. (tests/test_parallel.py: 30 steps, and workers and processes.)"
     common = [*SMALL, "--data", photos, "--decay", "0", "--warmup", "0"]
     assert run(training, *common, "--out", tmp_path / "a") == ""
-    assert run(training, *common, "--out", tmp_path / "b", "--images", "96") == ""
+    assert run(training, *common, "--out", tmp_path / "b", "--images", "32") == ""
     assert run(training, *common, "--out", tmp_path / "b") == ""
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    rows = [[{k: v for k, v in json.loads(l).items() if k != "seconds"} for l in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
+    rows = [[{k: v for k, v in json.loads(l).items() if k != "speed"} for l in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "ab"]
     assert rows[0] == rows[1]
 
 
@@ -65,7 +69,7 @@ def test_interrupt_saves(number, photos, tmp_path):
     command = [sys.executable, "-m", "deco.train", *SMALL, "--data", str(photos), "--out", str(tmp_path / "run"), "--images", "64000", "--save-every", "64"]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not (tmp_path / "run" / "checkpoint.safetensors").exists() and time.time() < deadline: time.sleep(0.1)
+    while not training.checkpoints(tmp_path / "run") and time.time() < deadline: time.sleep(0.1)
     p.send_signal(number)
     out, err = p.communicate(timeout=120)
     assert p.returncode != 0 and "stopped and saved" in err and len(err.strip().splitlines()) == 1, err
@@ -80,7 +84,9 @@ BAD = [(["--images", "0"], "--images"), (["--batch-size", "0"], "--batch-size"),
        (["--guidance", "nan"], "--guidance"), (["--steps", "0"], "--steps"), (["--freq-quality", "0"], "--freq-quality"),
        (["--label-drop", "2"], "--label-drop"), (["--ema-decay", "1"], "--ema-decay"), (["--seed", "-1"], "--seed"),
        (["--size", "20"], "patch_size 8"), (["--size", "0"], "--size"), (["--preset", "nonsense"], "nonsense"), (["--model", "deco-xxl"], "deco-toy"),
-       (["--speed", "9"], "--speed"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--device", "cuda:99"], "--device"),
+       (["--speed", "9"], "--speed"), (["--batchsize", "9"], "did you mean --batch-size?"), (["--parallel", "tp"], "--parallel"),
+       (["--micro-batch", "5"], "--micro-batch"), (["--repa", "dino"], "--repa"), (["--init", "/no/such/run"], "/no/such/run"),
+       (["--repa", "efficientnet-lite0", "--repa-layer", "9"], "--repa-layer"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--device", "cuda:99"], "--device"),
        (["--images", "many"], "--images")]
 
 @pytest.mark.parametrize("flags, named", BAD)
@@ -117,9 +123,10 @@ def test_foreign_folder(photos, tmp_path):
 def test_bad_checkpoint(damage, finished, photos, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    for p in finished.iterdir():
-        if p.is_file(): (out / p.name).write_bytes(p.read_bytes())
-    path, whole = out / "checkpoint.safetensors", (out / "checkpoint.safetensors").read_bytes()
+    shutil.copytree(finished, out, dirs_exist_ok=True)
+    shutil.rmtree(training.checkpoints(out)[0])                                          # none to fall back to
+    path = next(training.checkpoints(out)[-1].glob("*.safetensors"))
+    whole = path.read_bytes()
     class Mischief:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "was here"),)
     if damage == "truncated": path.write_bytes(whole[: len(whole) // 2])
@@ -127,7 +134,7 @@ def test_bad_checkpoint(damage, finished, photos, tmp_path):
     if damage == "malicious": torch.save(Mischief(), path)
     before = snapshot(out)
     said = run(training, *SMALL, "--data", photos, "--out", out, "--images", "384")
-    assert "checkpoint.safetensors" in said and snapshot(out) == before and not (tmp_path / "was here").exists()
+    assert "checkpoints/000000000064" in said and snapshot(out) == before and not (tmp_path / "was here").exists()
 
 
 def test_out_is_a_file(photos, tmp_path):
@@ -136,20 +143,19 @@ def test_out_is_a_file(photos, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_full_disk(finished, photos, tmp_path, monkeypatch):
-    "No room while saving: one line, and the files of before are whole."
+def test_full_disk(finished, photos, tmp_path):
+    "No room while saving (a limit on the size of files): one line, and the files of before are whole."
     out = tmp_path / "run"
-    assert run(training, *SMALL, "--data", photos, "--out", out, "--images", "96", "--decay", "0", "--warmup", "0") == ""
+    shutil.copytree(finished, out)
     before = snapshot(out)
-    def full(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(training, "save_file", full)
-    said = run(training, *SMALL, "--data", photos, "--out", out, "--decay", "0", "--warmup", "0")
-    assert "No space left" in said and "checkpoint.safetensors" in said
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from deco.train import cli, main; cli(lambda: main(sys.argv[1:]))"
+    flags = [*SMALL, "--data", str(photos), "--out", str(out), "--images", "128"]
+    p = subprocess.run([sys.executable, "-c", limited, *flags], capture_output=True, text=True)
+    assert p.returncode == 1 and p.stderr.startswith("error: cannot write") and "000000000096" in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
     after = snapshot(out)
-    assert all(after[p] == b for p, b in before.items() if p.suffix == ".safetensors" or p.name == "config.json")
-    assert not list(out.glob("*.tmp"))
+    assert all(after[p] == b for p, b in before.items() if p.suffix == ".safetensors" or p.name in ("config.json", "state.json"))
+    assert not list(out.rglob("*.tmp")) and not (out / "checkpoints" / "writing").exists()
+    assert run(training, *flags) == "" and training.checkpoints(out)[-1].name == "000000000128"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody may write")
@@ -164,10 +170,11 @@ def test_read_only(photos, tmp_path):
 
 
 def test_loss_not_finite(photos, tmp_path, monkeypatch):
-    "A NaN stops the run before it reaches the weights."
+    "A NaN stops the run before it reaches the weights, after three of them, and says on which images."
     monkeypatch.setattr(training, "flow_loss", lambda v, target: (v - target).square().mean() * float("nan"))
     said = run(training, *SMALL, "--data", photos, "--out", tmp_path / "run")
-    assert "nan" in said and "--lr" in said and not (tmp_path / "run" / "model.safetensors").exists()
+    assert "nan" in said and "--lr" in said and "in 3 steps in a row" in said and "images" in said
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())           # saved after the second: still the start
 
 
 # --- sampling
@@ -199,8 +206,10 @@ def test_sample_set(finished, tmp_path):
 
 
 SAMPLE_BAD = [(["--classes", "7"], "7"), (["--classes", "gren"], "gren"), (["--steps", "0"], "steps"), (["--guidance", "nan"], "guidance"),
-              (["--solver", "rk9"], "rk9"), (["--order", "5"], "--order"), (["--labels", "odd"], "--labels"), (["--weak", "/no/run"], "/no/run"), (["--interval", "0.9", "0.1"], "interval"), (["--shift", "0"], "shift"), (["--num-images", "0"], "--num-images"),
-              (["--seed", "-1"], "--seed"), (["--out", "/dev/null/grid.png"], "/dev/null"), (["--device", "nonsense"], "--device")]
+              (["--solver", "rk9"], "rk9"), (["--order", "5"], "--order"), (["--labels", "odd"], "--labels"),
+              (["--weak", "/no/run"], "/no/run"), (["--interval", "0.9", "0.1"], "interval"), (["--shift", "0"], "shift"),
+              (["--num-images", "0"], "--num-images"), (["--batch-size", "0"], "--batch-size"), (["--ema", "0.5"], "--ema"),
+              (["--labels", "data", "--classes", "7"], "7"), (["--seed", "-1"], "--seed"), (["--out", "/dev/null/grid.png"], "/dev/null"), (["--device", "nonsense"], "--device")]
 
 @pytest.mark.parametrize("flags, named", SAMPLE_BAD)
 def test_sample_bad(flags, named, finished, tmp_path):

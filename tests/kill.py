@@ -1,0 +1,77 @@
+"""Kill a run with SIGKILL at random moments, start it again each time, and compare its end with an undisturbed run's, bit for bit.
+
+    python tests/kill.py --kills 20                                    about five minutes on two cores
+    python tests/kill.py --kills 20 --out nbs/results/07_kill.json     and keep the result
+
+A run is tiny and saves every second step. Every other kill waits until it has begun to write a checkpoint.
+"""
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+
+FLAGS = ["--smoke", "--data", "openmoji", "--save-every", "32", "--sample-every", "320", "--keep", "2"]
+
+
+def command(out: Path, steps: int) -> list[str]:
+    return [sys.executable, "-m", "deco.train", *FLAGS, "--images", str(16 * steps), "--out", str(out)]
+
+
+def newest(out: Path) -> int:
+    "Images of the newest checkpoint."
+    return max((int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+
+
+def end(out: Path) -> dict[str, torch.Tensor]:
+    "All that the last checkpoint holds, and the averaged weights."
+    tensors = dict(load_file(out / "model.safetensors"))
+    for path in (out / "checkpoints" / f"{newest(out):012d}").glob("*.safetensors"): tensors |= load_file(path)
+    return tensors
+
+
+def killed_run(out: Path, kills: int, seed: int) -> dict:
+    "A run that is killed so many times, each time at a random moment after its first checkpoint; then left to finish."
+    random.seed(seed)
+    steps, writing = 40 * kills, 0
+    for kill in range(kills):
+        run = subprocess.Popen(command(out, steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = newest(out)
+        while newest(out) == before and run.poll() is None: time.sleep(0.01)          # it is on its way
+        if kill % 2:
+            while not (out / "checkpoints" / "writing").exists() and run.poll() is None: time.sleep(0.0005)
+        time.sleep(random.uniform(0, 0.02 if kill % 2 else 0.5))
+        assert run.poll() is None, "the run ended before it was killed: give it more steps"
+        run.kill()
+        run.wait()
+        writing += (out / "checkpoints" / "writing").exists()
+    subprocess.run(command(out, steps), check=True, stdout=subprocess.DEVNULL)
+    return dict(kills=kills, steps=steps, while_writing=writing)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", default="", help="a JSON file for the result")
+    args = parser.parse_args()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        killed, undisturbed = Path(folder) / "killed", Path(folder) / "undisturbed"
+        result = killed_run(killed, args.kills, args.seed)
+        subprocess.run(command(undisturbed, result["steps"]), check=True, stdout=subprocess.DEVNULL)
+        a, b = end(killed), end(undisturbed)
+        rows = [[{k: v for k, v in json.loads(line).items() if k != "speed"} for line in (out / "log.jsonl").read_text().splitlines()] for out in (killed, undisturbed)]
+    result |= dict(tensors=len(a), identical=a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and rows[0] == rows[1],
+                   seed=args.seed, seconds=round(time.time() - start))
+    print(json.dumps(result))
+    if args.out: Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(not result["identical"])
+
+
+if __name__ == "__main__": main()

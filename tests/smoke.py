@@ -1,0 +1,29 @@
+"""Every preset, shrunk to four tiny steps: train (which draws and saves), resume, sample, evaluate. Alone, or under torchrun:
+
+    python tests/smoke.py FOLDER
+    torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER
+"""
+import sys
+from pathlib import Path
+from deco import evaluate, sample, train
+
+CLASSIFIER = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
+
+
+def smoke(preset: str, folder: Path, parallel: str) -> None:
+    "All that a user does with a run, within its first four steps."
+    out = folder / preset
+    flags = ["--preset", preset, "--smoke", "--parallel", parallel, "--data-root", str(folder / "data"), "--out", str(out)]
+    train.main([*flags, "--images", "32"])
+    train.main([*flags, "--images", "64"])
+    seen = [row["images"] for row in train.read_log(out / "log.jsonl")]
+    assert seen == [16, 32, 48, 64] and [p.name for p in train.checkpoints(out)] == ["000000000032", "000000000064"], (preset, seen)
+    drawn = ["--num-images", "6", "--steps", "2", "--device", "cpu"]
+    sample.main([str(out), *drawn, "--out", str(folder / f"{preset}-samples")])
+    evaluate.main([str(out), *drawn, "--extractor", "classifier", "--extractor-weights", str(CLASSIFIER)])
+    assert (out / "evaluation" / "report.md").exists() and len(list((folder / f"{preset}-samples").glob("*.png"))) == 6, preset
+
+
+if __name__ == "__main__":
+    for i, preset in enumerate(train.PRESETS): smoke(preset, Path(sys.argv[1]), ("ddp", "fsdp")[i % 2])
+    if train.place()[0] == 0: print(f"{len(train.PRESETS)} presets, {train.place()[1]} processes")

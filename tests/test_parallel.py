@@ -1,0 +1,144 @@
+"One run on one process, on two with DDP and FSDP, in several passes, stopped and resumed: the same numbers."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import pytest
+import torch
+from conftest import run
+from deco import train as training
+from deco.model import read_tensors
+
+STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0", "--ema-decay", "0.99", "0.9"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def two(*argv, script=("-m", "deco.train")) -> str:
+    "A command in two processes; what it prints."
+    done = subprocess.run([*TORCHRUN, *script, *map(str, argv)], capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    "All that the newest checkpoint holds; shares of FSDP are not put together."
+    return {k: v for path in sorted(training.checkpoints(out)[-1].glob("*.safetensors")) for k, v in read_tensors(path).items()}
+
+
+def rows(out: Path) -> list[dict]: return [{k: v for k, v in row.items() if k != "speed"} for row in training.read_log(out / "log.jsonl")]
+
+
+def same(a: Path, b: Path) -> None:
+    "Weights, averages, moments and log: bit for bit."
+    x, y = tensors(a), tensors(b)
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    assert rows(a) == rows(b) and len(rows(a)) == 30
+
+
+def close(a: Path, b: Path) -> None:
+    "Thirty losses, within 1e-5."
+    x, y = ([row["loss"] for row in rows(out)] for out in (a, b))
+    assert len(x) == len(y) == 30 and max(abs(p / q - 1) for p, q in zip(x, y)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def straight(photos, tmp_path_factory):
+    "Thirty steps in one process, and in two (DDP)."
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("parallel")
+    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", out / "one") == ""
+    two(*STEPS, "--data", photos, "--images", 480, "--out", out / "two")
+    return out
+
+
+def test_same_losses(straight, photos, tmp_path):
+    "The same total batch: 1 process, 2 with DDP, 2 with FSDP, 1 with two passes a step."
+    assert run(training, *STEPS, "--data", photos, "--images", 480, "--micro-batch", 8, "--out", tmp_path / "passes") == ""
+    two(*STEPS, "--data", photos, "--images", 480, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
+    for other in (straight / "two", tmp_path / "fsdp", tmp_path / "passes"): close(straight / "one", other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_one(straight, photos, tmp_path, workers):
+    "15 + 15 steps are 30 steps, bit for bit, whoever reads the images."
+    for images in (240, 480): assert run(training, *STEPS, "--data", photos, "--workers", workers, "--images", images, "--out", tmp_path / "run") == ""
+    same(straight / "one", tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_two(straight, photos, tmp_path, workers):
+    for images in (240, 480): two(*STEPS, "--data", photos, "--workers", workers, "--images", images, "--out", tmp_path / "run")
+    same(straight / "two", tmp_path / "run")
+
+
+def test_resume_elsewhere(straight, photos, tmp_path):
+    "Two processes with DDP, then two with FSDP, then one: the same losses."
+    shutil.copytree(straight / "two", tmp_path / "run")
+    shutil.rmtree(training.checkpoints(tmp_path / "run")[-1])                            # back to step 15
+    two(*STEPS, "--data", photos, "--images", 400, "--parallel", "fsdp", "--out", tmp_path / "run")
+    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", tmp_path / "run") == ""
+    close(straight / "one", tmp_path / "run")
+
+
+def test_falls_back(straight, photos, tmp_path, capsys):
+    "A damaged newest checkpoint: a warning that names it, and the one before is taken."
+    shutil.copytree(straight / "one", tmp_path / "run")
+    path = next(training.checkpoints(tmp_path / "run")[-1].glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", tmp_path / "run") == ""
+    assert "000000000480" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").glob("000000000480.damaged*"))
+    same(straight / "one", tmp_path / "run")
+
+
+def test_keep(photos, tmp_path):
+    "The newest two, and every 64 images."
+    flags = ["--smoke", "--data", photos, "--images", 192, "--save-every", 16, "--sample-every", 192, "--keep-every", 64, "--out", tmp_path / "run"]
+    assert run(training, *flags) == ""
+    assert [int(p.name) for p in training.checkpoints(tmp_path / "run")] == [64, 128, 176, 192]
+
+
+def test_stop_two(photos, tmp_path):
+    "A scheduler's SIGTERM to torchrun: both processes stop after one step, saved; the same command goes on."
+    out, flags = tmp_path / "run", [*STEPS, "--data", str(photos), "--out", str(tmp_path / "run")]
+    p = subprocess.Popen([*TORCHRUN, "-m", "deco.train", *flags, "--images", "480000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    deadline = time.time() + 120
+    while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
+    p.send_signal(signal.SIGTERM)
+    _, err = p.communicate(timeout=120)
+    seen = rows(out)[-1]["images"]
+    assert p.returncode != 0 and f"stopped and saved after {seen:,} images" in err and int(training.checkpoints(out)[-1].name) == seen
+    assert run(training, *flags, "--images", seen + 16) == "" and rows(out)[-1]["images"] == seen + 16
+
+
+def test_init(straight, photos, tmp_path):
+    "A run may start from another's weights, of another image size; wrong ones are refused."
+    start = ["--smoke", "--data", photos, "--init", straight / "one", "--size", "32", "--images", "16", "--lr", "1e-9", "--warmup", "0", "--out"]
+    assert run(training, *start, tmp_path / "run") == ""
+    a, b = (read_tensors(folder / "model.safetensors") for folder in (straight / "one", tmp_path / "run"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert "does not fit" in run(training, *start, tmp_path / "other", "--model", "deco-toy")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_smoke(processes, tmp_path):
+    "Every preset, shrunk: train, draw, save, resume, sample, evaluate within four steps."
+    script = Path(__file__).parent / "smoke.py"
+    if processes == 2: said = two(tmp_path, script=(str(script),))
+    else:
+        done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=ONE_THREAD)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = done.stdout
+    assert f"{len(training.PRESETS)} presets, {processes} processes" in said
+
+
+def test_killed():
+    "SIGKILL at random moments; the end is that of an undisturbed run (tests/kill.py says more, and does it twenty times)."
+    done = subprocess.run([sys.executable, str(Path(__file__).parent / "kill.py"), "--kills", "4"], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["identical"]
