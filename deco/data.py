@@ -152,9 +152,10 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def list_images(folder: str | Path) -> list[Path]:
     "All image files below a folder, sorted by path. Raises FileNotFoundError where there is no folder or no image."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"no image folder {folder}: give the path of a folder of images, 'openmoji' or 'cifar10'")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found: raise FileNotFoundError(f"no image in {folder}: expected files ending in {' '.join(sorted(EXTENSIONS))}, or folders of them, one per class")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no image folder {folder}: give the path of a folder of images, 'openmoji' or 'cifar10'")
+    found, kinds = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS), " ".join(sorted(EXTENSIONS))
+    if not found: raise FileNotFoundError(f"no image in {folder}: expected files ending in {kinds}, or folders of them, one per class")
     return found
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -184,9 +185,11 @@ def cifar10(size: int = 32, root: str | Path = "data") -> Images:
     from torchvision.datasets import CIFAR10
     try: data = CIFAR10(str(root), train=True, download=True)
     except (OSError, RuntimeError) as e:
-        raise FileNotFoundError(f"no CIFAR-10 in {root} and no download ({e}): put an image folder at {folder}, or use --data openmoji") from None
-    crop = [to_tensor(center_crop(Image.fromarray(image), size)) for image in data.data]
-    return Images(torch.stack(crop), torch.tensor(data.targets), data.classes, [data.classes[i] for i in data.targets], torch.ones(len(crop), dtype=torch.bool))
+        raise FileNotFoundError(f"no CIFAR-10 in {root} and no download ({e}): "
+                                f"put an image folder at {folder}, or use --data openmoji") from None
+    pixels = torch.stack([to_tensor(center_crop(Image.fromarray(image), size)) for image in data.data])
+    captions, flips = [data.classes[i] for i in data.targets], torch.ones(len(pixels), dtype=torch.bool)
+    return Images(pixels, torch.tensor(data.targets), data.classes, captions, flips)
 
 # %% ../nbs/00_data.ipynb #c042
 def load_data(name: str, size: int, root: str | Path = "data") -> Images:
