@@ -250,5 +250,5 @@ def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | No
         left, top = i % columns * w, i // columns * h
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         grid.paste(picture.resize((scale * W, scale * H), Image.Resampling.NEAREST), (left, top))
-        if names: ImageDraw.Draw(grid).text((left, top + scale * H), names[i][:scale * W // 5], fill="black", font_size=10)
+        if names: ImageDraw.Draw(grid).text((left, top + scale * H), names[i][:scale * W // 6], fill="black", font_size=10)
     return grid
