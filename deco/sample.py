@@ -10,7 +10,6 @@ __all__ = ['pick_classes', 'pick_labels', 'image_path', 'write_samples', 'write_
 import argparse
 import hashlib
 import json
-import os
 import time
 import zipfile
 from datetime import timedelta
@@ -22,11 +21,11 @@ from .data import generator, make_grid, progress, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
 from .model import load, read_json, sample_images, write_atomic
-from .train import Parser, cli, pick_device
+from .train import Parser, cli, pick_device, place
 
 # %% ../nbs/08_sample.ipynb #c007
 def pick_classes(text: str, classes: list[str]) -> list[int]:
-    "Labels from comma-separated class numbers or names (their start will do, in any case). ValueError for what fits none or several."
+    "Labels of comma-separated class numbers or names (or their start, in any case). ValueError for what is not one class."
     names, labels = [c.lower() for c in classes], []
     for word in (w.strip() for w in text.lower().split(",")):
         exact = [i for i, c in enumerate(names) if (i == int(word) if word.isdigit() else c == word)]
@@ -38,14 +37,14 @@ def pick_classes(text: str, classes: list[str]) -> list[int]:
 
 # %% ../nbs/08_sample.ipynb #424bea35
 def pick_labels(num: int, classes: list[int], how: str = "balanced", seed: int = 0, counts: list[int] | None = None) -> list[int]:
-    """A label for each image. "balanced": the classes in turn. Else label i is a function of (seed, i): "random" gives every class
-    the same chance, "data" its share of the training data, where class c has counts[c] images. ValueError without counts."""
+    """A label for each image. "balanced": the classes in turn. Else label i is a function of (seed, i): "random" gives all
+    classes one chance, "data" their shares of the training data, of which counts[c] images are of class c."""
     if how == "balanced": return [classes[i % len(classes)] for i in range(num)]
     draw = lambda g: torch.randint(len(classes), (), generator=g)
     if how == "data":
         shares = torch.tensor([counts[c] for c in classes if c < len(counts or ())], dtype=torch.float64)
         if len(shares) < len(classes) or not shares.sum() > 0:
-            raise ValueError('--labels data needs "class_counts" (how many images of each class) in the run\'s config.json: add it')
+            raise ValueError('--labels data needs "class_counts" (images of each class) in the run\'s config.json: add it')
         draw = lambda g: torch.multinomial(shares, 1, generator=g)
     elif how != "random": raise ValueError(f"--labels {how!r}: choose balanced, random or data")
     return [classes[int(draw(generator("label", seed, i)))] for i in range(num)]
@@ -55,8 +54,8 @@ def image_path(folder: Path, i: int) -> Path: return folder / f"{i:06d}.png"
 
 def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, seed: int = 0, batch_size: int = 64,
                   rank: int = 0, world: int = 1, **settings) -> dict:
-    """Draw image i of `labels` into folder/00000i.png, where it is missing; process `rank` of `world` takes every world-th batch.
-    settings: as for `deco.flow.sample`. Returns what it cost: images drawn, seconds and evaluations of the network per image."""
+    """Draw image i of `labels` into folder/00000i.png, where it is missing; process `rank` takes every world-th batch.
+    settings: as for `deco.flow.sample`. Returns the cost: images drawn, seconds and evaluations of the model per image."""
     paths, rows, drawn, began = [image_path(folder, i) for i in range(len(labels))], [], 0, time.time()
     each = lambda total: total / max(drawn, 1)
     todo = [i for i in range(0, len(labels), batch_size)[rank::world] if not all(p.exists() for p in paths[i:i + batch_size])]
@@ -80,11 +79,11 @@ def write_npz(folder: Path, path: Path, num: int) -> None:
 
 # %% ../nbs/08_sample.ipynb #86cf083a
 def claim(folder: Path, settings: dict) -> None:
-    "Write folder/samples.json. ValueError where the folder holds images made with other settings (more of the same are welcome)."
+    "Write folder/samples.json. ValueError where the folder holds images made with other settings than these."
     path = folder / "samples.json"
     old = read_json(path) if path.exists() else settings
     changed = [f"{k} {old.get(k)} (now {v})" for k, v in settings.items() if k not in ("num", "run") and old.get(k) != v]
-    if changed: raise ValueError(f"{folder} holds images made with {', '.join(changed)}: use the same settings, or another --out")
+    if changed: raise ValueError(f"{folder} holds images made with {', '.join(changed)}: use these again, or another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda p: p.write_text(json.dumps(settings | {"num": max(settings["num"], old["num"])}, indent=2)))
 
@@ -93,21 +92,21 @@ def weights_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 def pick_average(run: Path, decay: float | None = None) -> tuple[str, float | None]:
-    "File of one of a run's averaged weights, by default the first, and its decay. ValueError listing the decays that there are."
+    "File and decay of one of a run's averaged weights, by default the first. ValueError listing the decays."
     config = run / "config.json"
-    if not config.is_file(): return "model.safetensors", decay                                          # `load` says what is wrong
+    if not config.is_file(): return "model.safetensors", decay              # `load` says what is wrong
     found = (read_json(config).get("train") or {}).get("ema_decay")
     first, *others = found if isinstance(found, list) else [found]
     files = {None: "model.safetensors", first: "model.safetensors"} | {d: f"model-{d}.safetensors" for d in others}
     if decay in files: return files[decay], first if decay is None else decay
-    raise ValueError(f"--ema {decay}: the averages in {run} have the decays {', '.join(map(str, [first, *others]))}: take one of them")
+    raise ValueError(f"--ema {decay}: the averages in {run} have the decays {', '.join(map(str, [first, *others]))}")
 
 # %% ../nbs/08_sample.ipynb #c010
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.sample`."
     parser = Parser(prog="python -m deco.sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-        description="Draw images with a trained model: a grid, a folder of PNGs or ADM's .npz. Image i depends on the seed, i and its "
-                    "class alone. The same command again draws what is missing; torchrun shares the work.",
+        description="Draw images with a trained model: a grid, a folder of PNGs or ADM's .npz. Image i depends on the "
+                    "seed, i and its class alone. The same command again draws what is missing; torchrun shares the work.",
         epilog="examples: python -m deco.sample runs/openmoji --classes flags,animals --num-images 16 --seed 1 --out grid.png; "
                "torchrun --standalone --nproc-per-node=8 -m deco.sample runs/openmoji --num-images 50000 --out samples.npz")
     add = parser.add_argument
@@ -128,12 +127,12 @@ def at_least(low: int):
 def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1) -> argparse.ArgumentParser:
     "The flags that say which images are drawn, by default `num`, and how noise becomes one."
     parser.set_defaults(classes="", ema=None, weak="")
-    none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: --help names no default
+    none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: not in --help
     add("--num-images", type=at_least(least), default=num, help="how many (papers evaluate 50000)")
     add("--seed", type=at_least(0), default=0, help="seed of the noise")
-    add("--labels", choices=("balanced", "random", "data"), default="balanced", help="classes in turn; drawn evenly; as in the data")
-    add("--classes", default=none, help="class numbers or names, comma-separated; without it all")
-    add("--ema", type=float, default=none, metavar="DECAY", help="which of the run's averaged weights; without it the first")
+    add("--labels", choices=("balanced", "random", "data"), default="balanced", help="in turn, even, as in the data")
+    add("--classes", default=none, help="class numbers or names, comma-separated (all)")
+    add("--ema", type=float, default=none, metavar="DECAY", help="which of the run's averaged weights (the first)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     add("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
     add = parser.add_argument_group("solver and guidance").add_argument
@@ -141,16 +140,15 @@ def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1)
     add("--solver", choices=SOLVERS, default="euler", help="euler, adams, heun_fsal: one evaluation a step; heun: two")
     add("--order", type=int, choices=(2, 3), default=2, help="order of the solver adams")
     add("--guidance", type=float, default=3.0, help="1 is none")
-    add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="guide in steps from LOW < t <= HIGH")
-    add("--weak", default=none, metavar="RUN", help="guide away from this weaker run's model (autoguidance), not from no label")
+    add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="guide where LOW < t <= HIGH")
+    add("--weak", default=none, metavar="RUN", help="guide away from this weaker run's model (autoguidance)")
     add("--shift", type=float, default=1.0, help="time shift; above 1: more steps near the noise")
     return parser
 
 # %% ../nbs/08_sample.ipynb #c011
 def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]:
-    "From the command line: model, its config.json, labels, keywords for the solver, and the settings that decide the images."
-    run, device, local = Path(args.run), pick_device(args.device), os.environ.get("LOCAL_RANK")
-    device = f"cuda:{local}" if device == "cuda" and local else device
+    "From the command line: model, its config.json, labels, keywords for the solver, settings that decide the images."
+    run, device = Path(args.run), pick_device(args.device)
     file, decay = pick_average(run, args.ema)
     model, info = load(run, file)
     if "size" not in info: raise ValueError(f'{run / "config.json"} names no image size: add "size": PIXELS to it')
@@ -166,14 +164,15 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     return model.to(device), info, labels, solver | dict(weak=weak), settings
 
 def write_set(model: DiT, labels: list[int], out: Path, solver: dict, settings: dict) -> str:
-    "A folder of PNGs, and for a name in .npz that file too; alone or as one process of torchrun. Returns what to say about it."
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder, common = out.with_suffix("") if out.suffix == ".npz" else out, {k: settings[k] for k in ("size", "seed", "batch_size")}
+    "A folder of PNGs, for a name in .npz that file too; alone or as a process of torchrun. Returns what to say of it."
+    rank, world, _ = place()
+    folder = out.with_suffix("") if out.suffix == ".npz" else out
     if rank == 0: claim(folder, settings)
     if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))       # the last to finish may be far behind
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))   # the last may be far behind
         torch.distributed.barrier()
-    drawn, seconds, evaluations = write_samples(model, labels, folder=folder, rank=rank, world=world, **common, **solver).values()
+    how = {k: settings[k] for k in ("size", "seed", "batch_size")} | solver
+    drawn, seconds, evaluations = write_samples(model, labels, folder=folder, rank=rank, world=world, **how).values()
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from deco.metrics import Classifier, Extractor, Moments, compare, evaluate_images, extractor, image_batches, reference_statistics, statistics
+from deco.metrics import (Classifier, Extractor, Moments, compare, evaluate_images, extractor, image_batches, reference_statistics,
+                          statistics)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def test_moments_of_a_stream_do_not_depend_on_its_parts():
     for sizes in ([500], [1] * 500, [0, 3, 497]):
         m = Moments(7)
         for part in x.split(sizes): m.update(part)
-        assert m.count == 500 and np.allclose(m.mean, x.mean(0), rtol=1e-13) and np.allclose(m.cov(), np.cov(x.numpy(), rowvar=False), atol=1e-8)
+        assert m.count == 500 and np.allclose(m.mean, x.mean(0), rtol=1e-13)
+        assert np.allclose(m.cov(), np.cov(x.numpy(), rowvar=False), atol=1e-8)
     empty = Moments(7).merge(Moments(7))
     assert empty.count == 0 and torch.equal(empty.merge(m).mean, m.mean)
     assert "at least 2" in complaint(Moments(7).update(x[:1]).cov)
@@ -61,8 +63,9 @@ def test_statistics_do_not_depend_on_batches(images, classifier, reference):
 
 def test_images_with_faults(images, classifier, reference):
     x = images[:8].float() / 127.5 - 1
-    faults = {"NaN": torch.where(torch.arange(8).view(8, 1, 1, 1) == 2, torch.nan, x), "outside [-1, 1]": images[:8].float(), "empty": images[:0],
-              "mixed sizes": [images[:4], images[:4, :, :16, :16]], "(N, 3, H, W)": images[:8, :1], "int64": images[:8].long(), "12 x 12": images[:8, :, :8, :8]}
+    faults = {"NaN": torch.where(torch.arange(8).view(8, 1, 1, 1) == 2, torch.nan, x), "to [-1, 1]": images[:8].float(),
+              "empty": images[:0], "mixed sizes": [images[:4], images[:4, :, :16, :16]], "(N, 3, H, W)": images[:8, :1],
+              "int64": images[:8].long(), "12 x 12": images[:8, :, :8, :8]}
     for word, bad in faults.items(): assert word in complaint(evaluate_images, bad, reference, classifier)
     assert "empty" in complaint(evaluate_images, images, images[:0], classifier)
     assert "empty" in complaint(evaluate_images, iter([]), reference, classifier)
@@ -71,11 +74,12 @@ def test_images_with_faults(images, classifier, reference):
 
 def test_few_images_are_reported(images, classifier, reference):
     with pytest.warns(UserWarning, match="singular"): result = evaluate_images(images[:100], reference, classifier)
-    assert len(result["notes"]) == 1 and "100 generated images for 128 features" in result["notes"][0] and np.isfinite(result["fid"])
+    assert len(result["notes"]) == 1 and "100 generated images for 128 features" in result["notes"][0]
+    assert np.isfinite(result["fid"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluate_images(images[:200], reference, classifier)["notes"] == []
-    with pytest.warns(UserWarning): assert "at least 4 images" in complaint(evaluate_images, images[:3], reference, classifier)
+    assert "at least 4 images" in complaint(evaluate_images, images[:3], reference, classifier)
     json.dumps(result)
 
 
@@ -89,7 +93,7 @@ def test_extractors(weights, tmp_path, monkeypatch):
     assert "code.pth" in complaint(extractor, "inception", tmp_path / "code.pth")
     for package, name in (("torch_fidelity", "inception"), ("efficientnet_lite_pytorch", "efficientnet-lite0")):
         for module in [m for m in sys.modules if m.split(".")[0] == package] + [package]: monkeypatch.setitem(sys.modules, module, None)
-        assert "pip install 'deco-diffusion[eval]'" in complaint(extractor, name, weights, error=ImportError)
+        assert "pip install 'deco-diffusion[eval]'" in complaint(extractor, name, weights)
 
 
 def test_inception_without_network(tmp_path, monkeypatch):
@@ -107,21 +111,23 @@ def test_npz_of_images(images, tmp_path, monkeypatch):
     np.savez(tmp_path / "key.npz", images=nhwc(images))
     np.savez(tmp_path / "float.npz", arr_0=nhwc(images) / 255)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:5000])
-    for name, word in (("key", "arr_0"), ("float", "uint8"), ("cut", "damaged")): assert word in complaint(list, image_batches(tmp_path / f"{name}.npz"))
+    for name, word in (("key", "arr_0"), ("float", "uint8"), ("cut", "damaged")):
+        assert word in complaint(list, image_batches(tmp_path / f"{name}.npz"))
     assert "nowhere" in complaint(list, image_batches(tmp_path / "nowhere.npz"), error=FileNotFoundError)
 
 
 def test_reference_cache(images, weights, classifier, tmp_path, monkeypatch):
     cache, calls = tmp_path / "new" / "real.safetensors", []
-    counted = Extractor(classifier.name, classifier.version, lambda x: calls.append(len(x)) or classifier.net(x))
+    counted = Extractor(classifier.label, lambda x: calls.append(len(x)) or classifier.net(x))
     first = reference_statistics(images, counted, cache)
     made = len(calls)
     again = reference_statistics(list(images.split(70)), counted, cache)                     # the same pixels in other batches
-    assert len(calls) == made and all(torch.equal(first[k], again[k]) for k in ("mu", "sigma", "features", "spectrum")) and again["count"] == 300
+    assert len(calls) == made and all(torch.equal(first[k], again[k]) for k in ("mu", "sigma", "features", "spectrum"))
+    assert again["count"] == 300
     reference_statistics(images.flip(0), counted, cache)
     assert len(calls) > made, "other pixels"
     made = len(calls)
-    newer = Extractor("classifier", "newer", counted.net)
+    newer = Extractor("classifier newer", counted.net)
     assert "newer" in complaint(reference_statistics, cache, newer)                          # a file that the user gave
     reference_statistics(images.flip(0), newer, cache)                                       # a cache
     assert len(calls) > made, "another extractor"
@@ -137,7 +143,8 @@ def test_adm_reference(images, classifier, reference, tmp_path):
     moments = {k: reference[k].numpy() for k in ("mu", "sigma", "mu_s", "sigma_s")}
     np.savez(tmp_path / "moments.npz", **moments)
     bare = evaluate_images(images, tmp_path / "moments.npz", classifier)
-    assert abs(bare["fid"]) < 1e-4 and abs(bare["sfid"]) < 1e-4 and bare["precision"] is bare["spectral_distance_db"] is bare["n_reference"] is None
+    assert abs(bare["fid"]) < 1e-4 and abs(bare["sfid"]) < 1e-4
+    assert bare["precision"] is bare["spectral_distance_db"] is bare["n_reference"] is None
     np.savez(tmp_path / "both.npz", **moments, arr_0=nhwc(images[:50]))
     both = evaluate_images(images, tmp_path / "both.npz", classifier)
     assert abs(both["fid"]) < 1e-4 and both["recall"] == 1 and both["spectral_distance_db"] > 0
