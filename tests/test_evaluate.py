@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import numpy as np
@@ -35,7 +36,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
-    assert run(training, "--preset", "smoke", "--data", photos, "--out", out) == ""
+    assert run(training, "--smoke", "--data", photos, "--out", out) == ""
     return out
 
 
@@ -54,14 +55,17 @@ def test_report(done):
     r, out = report(done / "evaluation"), done / "evaluation"
     assert {p.name for p in out.iterdir()} == {"report.json", "report.md", "grid.png", "spectra.png", "reference.safetensors", "samples"}
     assert len(list((out / "samples").glob("*.png"))) == r["n"] == r["drawn_now"] == r["settings"]["num"] == 12
-    assert r["settings"]["seed"] == 0 and r["settings"]["steps"] == 2 and r["settings"]["classes"] == ["blue", "red"] and r["reference"]["n"] == 16
+    assert r["settings"]["seed"] == 0 and r["settings"]["steps"] == 2
+    assert r["settings"]["classes"] == ["blue", "red"] and r["reference"]["n"] == 16
     size = deco.load(done)[1]["size"]
     assert r["reference"]["fingerprint"].startswith(f"16x{size}x{size}-") and r["extractor"].startswith("classifier ")
     assert all(np.isfinite(r["metrics"][k]) for k in evaluation.METRICS) and np.shape(r["spectra"]["samples"]) == (2, 3, 64)
-    assert set(r["seconds"]) >= {"drawing", "features of the samples", "features of the reference", "metrics"} and 100 < r["peak_memory_mb"] < 10_000
+    assert set(r["seconds"]) >= {"drawing", "features of the samples", "features of the reference", "metrics"}
+    assert 100 < r["peak_memory_mb"] < 10_000
     assert any("12 generated images for 128 features" in n for n in r["notes"]) and r["versions"]["torch"] == torch.__version__
     page = (out / "report.md").read_text()
-    for key in ("seed", "guidance", "interval", "ema_decay", "labels", "steps", "solver", "extractor", "reference", "N"): assert f"\n| {key} | " in page, key
+    for key in ("seed", "guidance", "interval", "ema_decay", "labels", "steps", "solver", "extractor", "reference", "N"):
+        assert f"\n| {key} | " in page, key
     assert f"| {r['metrics']['fid']:.4g} |" in page and r["command"] in page and "![samples](grid.png)" in page
     assert all(line.count("|") == 3 for line in page.splitlines() if line.startswith("|"))
 
@@ -89,13 +93,16 @@ def test_given_images(done, weights, tmp_path):
     assert a["metrics"] == drawn["metrics"] and a["settings"]["seed"] == 0 and a["settings"]["guidance"] == 3 and a["drawn_now"] == 0
     assert run(sampling, done, "--num-images", 12, "--steps", 2, "--batch-size", 5, "--out", tmp_path / "b.npz") == ""
     (tmp_path / "real").mkdir()
-    for i in range(8): Image.new("RGB", (3 * size + i, 2 * size), (30 * i, 90, 10)).save(tmp_path / "real" / f"{i}.jpg")        # cropped on the way
+    for i in range(8):
+        Image.new("RGB", (3 * size + i, 2 * size), (30 * i, 90, 10)).save(tmp_path / "real" / f"{i}.jpg")        # cropped on the way
     assert evaluate("--samples", tmp_path / "b.npz", "--reference", tmp_path / "real", *weights, "--out", tmp_path / "b") == ""
     b = report(tmp_path / "b")
-    assert b["settings"]["seed"] == 0 and b["n"] == 12 and b["reference"]["n"] == 8 and b["spectra"]["samples"] == drawn["spectra"]["samples"]
+    assert b["settings"]["seed"] == 0 and b["n"] == 12 and b["reference"]["n"] == 8
+    assert b["spectra"]["samples"] == drawn["spectra"]["samples"]
     (tmp_path / "b" / "samples.json").unlink()
     np.savez(tmp_path / "c.npz", arr_0=np.random.default_rng(0).integers(256, size=(20, size, size, 3), dtype=np.uint8))
-    assert evaluate("--samples", tmp_path / "c.npz", "--reference", tmp_path / "b" / "reference.safetensors", *weights, "--out", tmp_path / "c") == ""
+    reference = ["--reference", tmp_path / "b" / "reference.safetensors"]
+    assert evaluate("--samples", tmp_path / "c.npz", *reference, *weights, "--out", tmp_path / "c") == ""
     c = report(tmp_path / "c")
     assert c["reference"]["fingerprint"] == b["reference"]["fingerprint"] and any("not known" in n for n in c["notes"])
 
@@ -104,7 +111,8 @@ def test_comparison(done, quick, weights, tmp_path):
     assert evaluate(done, *quick, "--guidance", 1, "--out", tmp_path / "plain") == ""
     assert evaluate("--compare", done, tmp_path / "plain" / "report.json", "--out", tmp_path / "both") == ""
     page, a, b = (tmp_path / "both" / "compare.md").read_text(), report(done / "evaluation"), report(tmp_path / "plain")
-    assert "| guidance | 3 | 1 |" in page and f"| {b['metrics']['fid'] - a['metrics']['fid']:.4g} |" in page and Image.open(tmp_path / "both" / "compare.png").width > 500
+    assert "| guidance | 3 | 1 |" in page and f"| {b['metrics']['fid'] - a['metrics']['fid']:.4g} |" in page
+    assert Image.open(tmp_path / "both" / "compare.png").width > 500
     differing = re.findall(r"^\| (\w+) ", page[page.index("## What differs"):page.index("## What is the same")], re.M)
     assert differing == ["setting", "guidance"]
     for name, flags in (("N", ["--num-images", 13]), ("labels", ["--labels", "random"]), ("classes", ["--classes", "red"])):
@@ -116,9 +124,11 @@ def test_comparison(done, quick, weights, tmp_path):
         assert f"differ in {key} (" in evaluate("--compare", done, tmp_path / "edited.json")
     unknown = a | dict(settings=dict(samples="theirs.npz", size=a["settings"]["size"]))
     (tmp_path / "edited.json").write_text(json.dumps(unknown))
-    assert evaluate("--compare", done, tmp_path / "edited.json", "--out", tmp_path / "odd") == "" and "> Note: labels" in (tmp_path / "odd" / "compare.md").read_text()
+    assert evaluate("--compare", done, tmp_path / "edited.json", "--out", tmp_path / "odd") == ""
+    assert "> Note: labels" in (tmp_path / "odd" / "compare.md").read_text()
     (tmp_path / "edited.json").write_text("{}")
-    assert "no report" in evaluate("--compare", done, tmp_path / "edited.json") and "no report.json in" in evaluate("--compare", done, tmp_path / "nowhere")
+    assert "no report" in evaluate("--compare", done, tmp_path / "edited.json")
+    assert "no report.json in" in evaluate("--compare", done, tmp_path / "nowhere")
 
 
 def test_bad_input(done, quick, weights, tmp_path, monkeypatch):
@@ -127,18 +137,24 @@ def test_bad_input(done, quick, weights, tmp_path, monkeypatch):
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, size, size, 3), np.uint8))
     np.savez(tmp_path / "good.npz", arr_0=np.random.default_rng(0).integers(256, size=(20, size, size, 3), dtype=np.uint8))
     (tmp_path / "empty").mkdir()
-    cases = {"nowhere": ["nowhere", *weights], "give the folder of a run": [], "--num-images must be at least 4": [done, *weights, "--num-images", 3], "--batch-size": [done, *quick, "--batch-size", 0],
-             "no reference": [done, *quick, "--reference", tmp_path / "nowhere.npz"], "has images of": [done, *quick, "--reference", tmp_path / "wide.npz"],
-             "3 images: precision": [done, *quick, "--reference", tmp_path / "few.npz"], "no image in": [done, *quick, "--reference", tmp_path / "empty"],
-             "needs --extractor-weights": [done, *quick[4:], "--extractor", "classifier"], "leave out --guidance": [done, "--samples", tmp_path / "good.npz", *weights, "--guidance", 2],
-             "leave out --num-images, --labels": ["--samples", tmp_path / "good.npz", *weights, "--labels", "random", "--num-images", 9], "needs a run": ["--samples", tmp_path / "good.npz", *weights],
+    given = ["--samples", tmp_path / "good.npz", *weights]
+    cases = {"nowhere": ["nowhere", *weights], "give the folder of a run": [],
+             "--num-images: must be at least 4": [done, "--num-images", 3],
+             "--batch-size": [done, *quick, "--batch-size", 0], "no reference": [done, *quick, "--reference", tmp_path / "nowhere.npz"],
+             "has images of": [done, *quick, "--reference", tmp_path / "wide.npz"],
+             "3 images: precision": [done, *quick, "--reference", tmp_path / "few.npz"],
+             "no image in": [done, *quick, "--reference", tmp_path / "empty"],
+             "--extractor-weights": [done, *quick[4:], "--extractor", "classifier"], "--ema 0.5": [done, *quick, "--ema", 0.5],
+             "leave out --guidance": [done, *given, "--guidance", 2], "needs a run": given,
+             "leave out --num-images, --labels": [*given, "--labels", "random", "--num-images", 9],
+             "square, not": ["--samples", tmp_path / "wide.npz", *weights], "config.json": ["nowhere", *given],
              "no file of images": [done, "--samples", tmp_path / "nowhere.npz", *weights], "leave out run": ["x", "--compare", done, done]}
     for word, argv in cases.items(): assert word in evaluate(*argv, *out), word
     assert not (tmp_path / "out" / "samples").exists(), "nothing is drawn before all is in order"
     assert "interval must" in evaluate(done, *quick, "--interval", 1, 0, *out)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **kw: (_ for _ in ()).throw(OSError("no route")))
-    assert "--extractor efficientnet-lite0" in evaluate(done, "--num-images", 12, *out)                # the default: Inception
+    assert "take efficientnet-lite0" in evaluate(done, "--num-images", 12, *out)                       # the default: Inception
     Image.new("RGB", (size, size)).save(tmp_path / "empty" / "a.png")
     (tmp_path / "empty" / "b.png").write_bytes(b"junk")
     assert "b.png" in evaluate(done, "--samples", tmp_path / "empty", *weights, *out)
@@ -152,17 +168,35 @@ def test_class_shares():
     assert cautions(result, dict(seed=0), even, real) == []
     assert "50% of the images" in cautions(result, dict(seed=0), even, torch.zeros(10, dtype=torch.long))[0]
     assert "33% of the images" in cautions(result, dict(seed=0), [0, 1, 2], torch.tensor([0, 0, 1]))[0]
+    alike = dict(seed=0, labels="data", classes=["a", "b"])
+    few = torch.tensor([0] * 9 + [1])                                                            # a draw of four can't have these shares
+    assert cautions(result, alike, even, few) == [] and "40%" in cautions(result, alike | dict(labels="random"), even, few)[0]
+    assert "90%" in cautions(result, alike | dict(classes=["b"]), [1, 1], few)[0]                # one class of the data's shares
+
+
+def test_the_encoder_trained_on_must_not_judge(done, quick, tmp_path):
+    "A note where the run's repa is the extractor, by its name; none for another encoder."
+    for name, expected in (("classifier", True), ("dinov2-b", False)):
+        shutil.copytree(done, tmp_path / name, ignore=shutil.ignore_patterns("evaluation"))
+        info = json.loads((done / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(info | dict(train=info["train"] | dict(repa=name))))
+        assert evaluate(tmp_path / name, *quick) == ""
+        assert any("must not judge" in note for note in report(tmp_path / name / "evaluation")["notes"]) == expected
+    given = ["--samples", tmp_path / "classifier" / "evaluation" / "samples", *quick[:4], "--out", tmp_path / "given"]
+    assert evaluate(tmp_path / "classifier", *given) == ""
+    assert any("must not judge" in note for note in report(tmp_path / "given")["notes"])
 
 
 def test_files_are_read_in_order_and_again(tmp_path):
     for i in range(130): Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
-    files = ImageFiles(sorted(tmp_path.glob("*.png")))
+    files = ImageFiles(sorted(tmp_path.glob("*.png")), 8)
     for _ in range(2): assert [int(v) for x in files for v in x[:, 0, 0, 0]] == list(range(130))
 
 
 def test_several_processes(done, quick, tmp_path):
     "torchrun shares the drawing; one process reports, and the number is the same."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deco.evaluate", done, *quick, "--out", tmp_path]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "deco.evaluate", done, *quick, "--out", tmp_path]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"), timeout=120)
     a, b = report(done / "evaluation"), report(tmp_path)
     assert b["versions"]["processes"] == 2 and b["drawn_now"] == 12 and b["metrics"]["fid"] == pytest.approx(a["metrics"]["fid"], rel=1e-3)
