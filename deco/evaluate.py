@@ -115,7 +115,7 @@ def save_grid(path: Path, images: Path | ImageFiles, names: list[str]) -> None:
     x, classes = next(image_batches(images, 64)), len(set(names))
     columns = classes if 5 <= classes <= 10 else 8
     x = x[:len(x) // columns * columns or None]
-    write_atomic(path, lambda p: make_grid(x, columns, max(1, 96 // x.shape[-1]), names[:len(x)]).save(p, "PNG"))
+    write_atomic(path, lambda p: make_grid(x, columns, max(1, 128 // x.shape[-1]), names[:len(x)]).save(p, "PNG"))
 
 # %% ../nbs/10_evaluate.ipynb #8db2f0e6
 METRICS = dict(fid="FID (lower is better)", sfid="sFID (lower)", inception_score="Inception Score (higher)",
