@@ -21,7 +21,7 @@ from .data import generator, make_grid, progress, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
 from .model import load, read_json, sample_images, write_atomic
-from .train import Parser, cli, pick_device, place
+from .train import Parser, by_first, cli, pick_device, place, processes, summed
 
 # %% ../nbs/08_sample.ipynb #c007
 def pick_classes(text: str, classes: list[str]) -> list[int]:
@@ -167,16 +167,12 @@ def write_set(model: DiT, labels: list[int], out: Path, solver: dict, settings: 
     "A folder of PNGs, for a name in .npz that file too; alone or as a process of torchrun. Returns what to say of it."
     rank, world, _ = place()
     folder = out.with_suffix("") if out.suffix == ".npz" else out
-    if rank == 0: claim(folder, settings)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))   # the last may be far behind
-        torch.distributed.barrier()
     how = {k: settings[k] for k in ("size", "seed", "batch_size")} | solver
-    drawn, seconds, evaluations = write_samples(model, labels, folder=folder, rank=rank, world=world, **how).values()
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if out.suffix == ".npz" and rank == 0: write_npz(folder, out, len(labels))
+    with processes("cpu", patience=timedelta(days=7)):                                        # the last may be far behind
+        by_first(lambda: claim(folder, settings))
+        drawn, seconds, evaluations = write_samples(model, labels, folder=folder, rank=rank, world=world, **how).values()
+        summed(torch.zeros(1))                                                                # all are done
+        if out.suffix == ".npz": by_first(lambda: write_npz(folder, out, len(labels)))
     return (f"{out}: {len(labels)} images, {drawn} of them drawn now" + f" by process {rank} of {world}" * (world > 1) +
             f"; {seconds:.3f} s and {evaluations:.1f} evaluations per image; settings in {folder / 'samples.json'}")
 

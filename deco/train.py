@@ -217,11 +217,11 @@ def place() -> tuple[int, int, int]:
     return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 @contextmanager
-def processes(device: str) -> Iterator[None]:
-    "The process group of torchrun, for as long as the block lasts; alone, nothing."
+def processes(device: str, patience: timedelta = timedelta(hours=1)) -> Iterator[None]:
+    "The process group of torchrun, for as long as the block lasts; alone, or where there is one already, nothing."
     if "RANK" not in os.environ or dist.is_initialized(): yield; return
     if device.startswith("cuda"): torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     try:
         yield
         dist.barrier()                                                      # leave together

@@ -20,9 +20,13 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def two(*argv, script=("-m", "deco.train")) -> str:
     "A command in two processes; what it prints."
-    done = subprocess.run([*TORCHRUN, *script, *map(str, argv)], capture_output=True, text=True, env=ONE_THREAD, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    agent = subprocess.Popen([*TORCHRUN, *script, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    try: said, err = agent.communicate(timeout=300)
+    except subprocess.TimeoutExpired:                                                    # torchrun ends its processes; killed, it would leave them
+        agent.terminate()
+        said, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err[-3000:]
+    return said
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
