@@ -10,7 +10,7 @@ from conftest import run
 from deco import plan as planning
 from deco.dit import RECOMPUTE
 from deco.model import COLUMNS, SIZES, create
-from deco.plan import activations, activation_bytes, communication, dealt, flops, memory, parameters, plan, show, step_flops
+from deco.plan import activations, communication, flops, memory, parameters, plan, show, step_flops
 
 
 def named(name, **overrides): return dict(zip(COLUMNS, SIZES[name])) | overrides
@@ -27,19 +27,22 @@ def test_parameters(name, total):
 
 
 def test_shards_are_cut_as_torch_cuts():
-    for rows, ranks in ((10, 4), (7, 8), (64, 8), (1001, 512)): assert dealt([(rows, 3)], ranks) == torch.zeros(rows, 3).chunk(ranks)[0].numel()
+    for name, ranks in (("deco-toy", 5), ("dit-tiny", 7), ("deco-tiny", 512)):
+        first = [(n, p.chunk(ranks)[0].numel()) for n, p in create(name).named_parameters()]
+        assert parameters(named(name), ranks)["total"] == sum(n for _, n in first)
+        assert parameters(named(name), ranks)["block"] == sum(n for key, n in first if key.startswith("blocks.0."))
 
 
 @pytest.mark.parametrize("name,size,depth", [("deco-toy", (32, 48), 4), ("dit-toy", (64, 32), 6), ("deco-tiny", (16, 16), 2), ("deco-xl", (256, 384), 2)])
 def test_flops(name, size, depth):
-    config = named(name, depth=depth)
     for mode in RECOMPUTE:
+        config = named(name, depth=depth, recompute=mode)
         with torch.device("meta"): model = create(name, depth=depth, recompute=mode)
         with FlopCounterMode(display=False) as forward: v = model(*inputs(size, 2, "meta"))
         with FlopCounterMode(display=False) as backward: v.sum().backward()
         counted = forward.get_total_flops() / 2, (forward.get_total_flops() + backward.get_total_flops()) / 2
         assert sum(flops(config, size).values()) == pytest.approx(counted[0], rel=0.03)
-        assert step_flops(config, size, mode) == pytest.approx(counted[1], rel=0.05)
+        assert step_flops(config, size) == pytest.approx(counted[1], rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -70,13 +73,12 @@ def test_activations(name, size, precision):
                 finally:
                     torch.set_autocast_enabled("cuda", False)
                     torch.clear_autocast_cache()
-        a = activations(named(name), size, mode, precision)
-        assert sum(a.values()) - a["again"] - a["loss"] == pytest.approx(found, rel=0.05), mode
-        assert activation_bytes(named(name), size, mode, precision) == sum(a.values()) - a["again"]
+        parts, _ = activations(named(name, recompute=mode), size, precision)
+        assert sum(parts.values()) - parts["loss"] == pytest.approx(found, rel=0.05), mode
 
 
 def test_older_names_of_recompute():
-    assert [activation_bytes(named("deco-toy"), 32, r) for r in (False, True)] == [activation_bytes(named("deco-toy"), 32, r) for r in ("none", "cheap")]
+    for old, new in ((False, "none"), (True, "cheap")): assert activations(named("deco-toy", recompute=old), 32) == activations(named("deco-toy", recompute=new), 32)
 
 
 def test_rehearsal(ranks=24):
@@ -111,7 +113,7 @@ def test_plan():
 @pytest.mark.parametrize("flags,flag", [(["--preset", "nonsense"], "--preset"), (["--size", "20", "--preset", "openmoji"], "--size"), (["--size", "0"], "--size"), (["--gpus", "3"], "--gpus"),
                                         (["--gpus", "0"], "--gpus"), (["--gpus", "many"], "--gpus"), (["--batch-size", "-4"], "--batch-size"), (["--micro-batch", "5"], "--micro-batch"),
                                         (["--tflops", "nan"], "--tflops"), (["--capacity", "0"], "--capacity"), (["--bandwidth", "inf"], "--bandwidth"),
-                                        (["--classes", "-1"], "--classes"), (["--images", "0"], "--images"), (["--speed", "9"], "--speed")])
+                                        (["--images", "0"], "--images"), (["--parallel", "pipeline"], "--parallel"), (["--speed", "9"], "--speed")])
 def test_complaints(flags, flag): assert flag in run(planning, *flags)
 
 
