@@ -94,6 +94,9 @@ def members(shard: str) -> list[tuple]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for m in filter(tarfile.TarInfo.isreg, tar):
+                if m.name.startswith("/") or ".." in m.name.split("/"):
+                    log.warning("left out: %s in %s: its path leads out of the archive", m.name, shard)
+                    continue
                 key, kind = re.fullmatch(r"((?:.*/)?[^/.]*)\.?([^/]*)", m.name, re.S).groups()       # one key, one sample
                 if f".{kind}".lower() in EXTENSIONS: images.setdefault(key, (m.name, m.offset_data, m.size))
                 if kind in ("cls", "json"): labels.setdefault(key, label(kind, tar.extractfile(m).read(65_536)))
