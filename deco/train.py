@@ -279,7 +279,7 @@ class Run:
             self.teacher, projector = lambda pixels: found(pixels, grid), Projector(model.config["width"], found.features)
         self.objective = Objective(model, projector, cfg.repa_layer).to(device)
         self.module = wrapped(self.objective, cfg)
-        self.model, self.config = model, model.config
+        self.model = model
         self.ema = {d: {n: p.detach().clone() for n, p in model.named_parameters()} for d in cfg.ema_decay}
         weights = list(self.objective.parameters())
         self.optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
