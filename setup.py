@@ -13,7 +13,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     author=cfg["author"], license="Apache-2.0", license_files=["LICENSE"], url=cfg["git_url"],
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=["deco"], package_data={"deco": ["py.typed"]}, zip_safe=False,
+    packages=["deco"], package_data={"deco": ["py.typed", "weights/*/*", "weights/*/evaluation/*"]}, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"eval": evaluation, "repa": repa, "dev": evaluation + repa + cfg["dev_requirements"].split()},
     entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},

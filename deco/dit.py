@@ -162,13 +162,16 @@ class DiT(nn.Module):
     x: (B, channels, H, W) with H and W multiples of patch_size; t: (B,) in [0, 1], 0 is noise; y: (B,) labels,
     num_classes stands for "no label". The head turns tokens into velocities: here `PatchHead`, the plain baseline.
     recompute: "none", "cheap" or "blocks", what the backward pass computes again to save memory.
+    prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v is a velocity in both.
     """
     def __init__(self, patch_size: int = 16, width: int = 1024, depth: int = 24, heads: int = 16,
-                 num_classes: int = 1000, mlp_ratio: float = 4.0, channels: int = 3, recompute: str | bool = "none"):
+                 num_classes: int = 1000, mlp_ratio: float = 4.0, channels: int = 3, recompute: str | bool = "none",
+                 prediction: str = "velocity"):
         super().__init__()
         if width % (4 * heads): raise ValueError(f"width {width} must be a multiple of 4 heads = {4 * heads}")
+        if prediction not in ("velocity", "x"): raise ValueError(f"prediction must be velocity or x, not {prediction!r}")
         self.config = dict(patch_size=patch_size, width=width, depth=depth, heads=heads, num_classes=num_classes,
-                           mlp_ratio=mlp_ratio, channels=channels, recompute=recompute_choice(recompute))
+                           mlp_ratio=mlp_ratio, channels=channels, recompute=recompute_choice(recompute), prediction=prediction)
         self.patch_size, self.num_classes, self.head_width = patch_size, num_classes, width // heads
         self.patch_embed = nn.Linear(channels * patch_size**2, width)
         self.time_embed, self.label_embed = TimeEmbedding(width), nn.Embedding(num_classes + 1, width)
@@ -205,4 +208,5 @@ class DiT(nn.Module):
             tokens = block(tokens, c, rope)
             if i in layers: kept[i] = tokens
         v = unpatchify(self.head(pixels, tokens, time, c), grid)
+        if self.config["prediction"] == "x": v = (v - x) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
         return (v, [kept[i] for i in layers]) if layers else v

@@ -10,7 +10,7 @@ __all__ = ['Size', 'PRECISIONS', 'AGAIN', 'ENCODERS', 'bare', 'dimensions', 'par
 import math
 import torch
 from .dit import DiT
-from .model import COLUMNS, SIZES, build
+from .model import COLUMNS, SIZES, build, model_args
 
 # %% ../nbs/13_plan.ipynb #p008
 Size = int | tuple[int, int]                                # pixels: a square's side, or (H, W)
@@ -154,7 +154,7 @@ ENCODERS = {"dinov2-b": 86_579_712}              # parameters of the frozen enco
 
 def cost(cfg, **machine) -> str:
     "The plan, to read, of a run with a `deco.train.Config`; machine: gpus, tflops, bandwidth and capacity of `plan`."
-    config = dict(zip(COLUMNS, SIZES[cfg.model])) | dict(num_classes=10 if cfg.data in ("openmoji", "cifar10") else 1000)
+    config = dict(zip(COLUMNS, SIZES[cfg.model])) | model_args(cfg.model_args) | dict(num_classes=10 if cfg.data in ("openmoji", "cifar10") else 1000)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     how = {k: getattr(cfg, k) for k in ("size", "batch_size", "images", "micro_batch", "precision", "parallel")}
     return show(plan(config, **how, emas=len(cfg.ema_decay), encoder=ENCODERS.get(cfg.repa, 0), **machine))

@@ -42,7 +42,7 @@ from .dct import frequency_loss
 from .dit import DiT
 from .files import batches, open_data
 from .flow import flow_loss, interpolate, logit_normal, velocity
-from .model import SIZES, build, create, fill, load, load_official, read_json, sample_images, save, write_atomic
+from .model import SIZES, build, create, fill, load, load_official, model_args, read_json, sample_images, save, write_atomic
 from .repa import Projector, encoder, repa_loss
 
 # %% ../nbs/07_train.ipynb #t007
@@ -67,6 +67,7 @@ class Config:
     model: str = setting("deco-toy", "model", f"one of {', '.join(SIZES)}", tuple(SIZES))
     recompute: str = setting("auto", "model", "computed again to save memory: as the model has it, nothing, norms and gates, blocks",
                              ("auto", "none", "cheap", "blocks"))
+    model_args: str = setting("", "model", "changes to it, e.g. depth=3,decoder_width=16 or prediction=x: arguments of deco.create")
     init: str = setting("", "model", "start from these weights: a run's folder or an authors' checkpoint")
     images: int = setting(89_600, "training", "length of the run, in images", AT_LEAST_1)
     batch_size: int = setting(32, "training", "images per optimizer step, all processes together", AT_LEAST_1)
@@ -83,6 +84,7 @@ class Config:
     t_mean: float = setting(0.0, "loss", "training times are sigmoid(t_mean + t_std normal); below 0: nearer to the noise", FINITE)
     t_std: float = setting(1.0, "loss", "spread of the training times", ABOVE_0)
     shift: float = setting(1.0, "loss", "time shift in training; above 1: nearer to the noise", ABOVE_0)
+    mse_weight: float = setting(1.0, "loss", "weight of the velocity's error", AT_LEAST_0)
     freq_weight: float = setting(1.0, "loss", "weight of the frequency loss (paper: 1)", AT_LEAST_0)
     freq_quality: int = setting(85, "loss", "JPEG quality whose tables weigh the frequencies", QUALITY)
     repa: str = setting("none", "loss", "encoder to align the tokens to; none: REPA is off", ("none", "dinov2-b", "efficientnet-lite0"))
@@ -268,7 +270,8 @@ class Run:
     def __init__(self, cfg: Config, num_classes: int, device: str):
         torch.manual_seed(cfg.seed)
         self.cfg, self.device, self.seen, self.step, self.bad = cfg, device, 0, 0, 0
-        model = create(cfg.model, num_classes=num_classes, **({} if cfg.recompute == "auto" else dict(recompute=cfg.recompute)))
+        changes = model_args(cfg.model_args) | ({} if cfg.recompute == "auto" else dict(recompute=cfg.recompute))
+        model = create(cfg.model, **changes | dict(num_classes=num_classes))
         model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), torch.zeros(1, dtype=torch.long))      # does the size fit?
         if cfg.init: started_from(cfg.init, model)
         self.teacher, projector = None, None
@@ -310,8 +313,8 @@ def started_from(path: str, model: DiT) -> None:
 
 # %% ../nbs/07_train.ipynb #t039
 def weighted(parts: dict, cfg: Config):
-    "The loss: the velocity's error plus the other parts by their weights."
-    return parts["mse"] + sum(getattr(cfg, f"{name}_weight") * parts[name] for name in parts if name != "mse")
+    "The loss: the sum of its parts by their weights."
+    return sum(getattr(cfg, f"{name}_weight") * parts[name] for name in parts)
 
 def gradients(run: Run, pixels: Tensor, labels: Tensor, first: int) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of a step on this process's images, number first, first + 1, ..., in passes of `micro_batch`.
@@ -489,7 +492,9 @@ def flops_per_image(model: DiT, size: int) -> int:
 def memory_mb(device: str) -> int:
     "The most memory that this process has held, in MB (2^20 bytes): the GPU's tensors, else all of the process."
     if device.startswith("cuda"): return torch.cuda.max_memory_allocated(device) // 2**20
-    import resource
+    status = Path("/proc/self/status")                                      # right also for the child of a large process
+    if status.exists(): return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) // 1024
+    import resource                                                         # no Linux: the system's count, in bytes on a Mac
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../nbs/07_train.ipynb #t059
@@ -532,7 +537,7 @@ def same_run(folder: Path, cfg: Config) -> None:
     if not (folder / "config.json").exists(): return
     old = read_json(folder / "config.json").get("train")
     if not isinstance(old, dict): raise ValueError(f"{folder / 'config.json'} is not of a run of deco.train: choose another --out")
-    now = json.loads(json.dumps(asdict(cfg)))
+    old, now = asdict(Config()) | old, json.loads(json.dumps(asdict(cfg)))                # a setting that is newer than the run: as it was
     changed = [f"--{k.replace('_', '-')} {old.get(k)} (now {v})" for k, v in now.items() if k not in FREE and old.get(k) != v]
     if changed: raise ValueError(f"{folder} was made with {', '.join(changed)}: use the same settings, or another --out")
 
