@@ -255,3 +255,22 @@ def test_help_lists_every_setting(capsys):
 def test_dry_run(tmp_path, capsys):
     assert run(training, "--dry-run", "--out", tmp_path / "run", "--lr", "0.1") == ""
     assert '"lr": 0.1' in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_model_args(photos, tmp_path):
+    "Changes to the model reach it, are kept with the run, and are refused in one line where they make no sense."
+    small = [*SMALL, "--data", photos, "--images", "16", "--out", tmp_path / "run"]
+    assert run(training, *small, "--model-args", "depth=1, decoder_patch=2,prediction=x") == ""
+    model, info = deco.load(tmp_path / "run")
+    assert len(model.blocks) == 1 and model.config["decoder_patch"] == 2 and model.config["prediction"] == "x"
+    assert info["train"]["model_args"] == "depth=1, decoder_patch=2,prediction=x"
+    assert "--model-args" in run(training, *small)                                            # the run was made with others
+    for text, word in (("depth", "name=value"), ("dept=1", "dept"), ("prediction=y", "prediction"), ("decoder_patch=3", "decoder_patch")):
+        assert word in run(training, *SMALL, "--data", photos, "--images", "16", "--out", tmp_path / "no", "--model-args", text)
+
+
+def test_weights_of_the_losses(photos, tmp_path):
+    "--mse-weight 2 logs a loss of 2 mse + freq."
+    assert run(training, *SMALL, "--data", photos, "--images", "16", "--mse-weight", "2", "--out", tmp_path / "run") == ""
+    row = training.read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert row["loss"] == pytest.approx(2 * row["mse"] + row["freq"])

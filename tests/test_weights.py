@@ -239,3 +239,16 @@ def test_upload(saved, monkeypatch, tmp_path):
 def test_import_is_light():
     program = "import sys, deco; sys.exit(str(heavy) if (heavy := {'huggingface_hub', 'httpx', 'requests'} & set(sys.modules)) else 0)"
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", ["cifar10-toy", "openmoji-toy"])
+def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
+    "They load by name, from any folder, with their report; a folder of that name goes first."
+    monkeypatch.chdir(tmp_path)
+    model = deco.DeCo.from_pretrained(name)
+    folder = Path(deco.__file__).parent / "weights" / name
+    assert (folder / "model.safetensors").stat().st_size < 8e6 and len(model.info["classes"]) == 10
+    assert model.info["metrics"]["images"] >= 1000 and model.info["metrics"]["fid"] > 0           # the report is about these weights
+    assert deco.sample_images(model, [0, 10], 32, steps=2).isfinite().all()
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError, match="config.json"): deco.DeCo.from_pretrained(name)
