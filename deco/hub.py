@@ -108,7 +108,7 @@ class Published(ModelHubMixin, library_name="deco", tags=["pixel-diffusion", "fl
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub) -> "Published":
-        "The model of a folder, a hub repository (see `fetch`) or one that comes with deco. What was `measured` is info['metrics'], if config.json has none."
+        "The model of a folder, a hub repository, or deco's own. What was `measured` is info['metrics'], if config.json has none."
         path = Path(pretrained_model_name_or_path)
         if path.is_file(): raise ValueError(f"{path} is a file: give its folder; .ckpt files are for deco.load_official")
         with_deco = Path(__file__).parent / "weights" / path.name            # cifar10-toy, openmoji-toy

@@ -154,7 +154,8 @@ ENCODERS = {"dinov2-b": 86_579_712}              # parameters of the frozen enco
 
 def cost(cfg, **machine) -> str:
     "The plan, to read, of a run with a `deco.train.Config`; machine: gpus, tflops, bandwidth and capacity of `plan`."
-    config = dict(zip(COLUMNS, SIZES[cfg.model])) | model_args(cfg.model_args) | dict(num_classes=10 if cfg.data in ("openmoji", "cifar10") else 1000)
+    classes = 10 if cfg.data in ("openmoji", "cifar10") else 1000
+    config = dict(zip(COLUMNS, SIZES[cfg.model])) | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     how = {k: getattr(cfg, k) for k in ("size", "batch_size", "images", "micro_batch", "precision", "parallel")}
     return show(plan(config, **how, emas=len(cfg.ema_decay), encoder=ENCODERS.get(cfg.repa, 0), **machine))
