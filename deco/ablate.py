@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPA', 'NARROW', 'COARSE', 'ROWS', 'TABLES', 'BASE', 'METRICS', 'blockiness', 'dit', 'deco', 'scores', 'measured',
            'claimed', 'settings', 'work', 'collect', 'write_tidy', 'read_tidy', 'summary', 'ratios', 'shown',
-           'plot_rows', 'arguments', 'main']
+           'plot_rows', 'seeds', 'arguments', 'main']
 
 # %% ../nbs/14_ablations.ipynb #a_imports
 import argparse
@@ -124,7 +124,7 @@ def settings(row: str, seed: int, base: Config, out: Path, points: int) -> Confi
 def work(names: list[str], base: Config, args: argparse.Namespace) -> None:
     "Train and measure every row with every seed, seed by seed; what is done stays, what another process has in hand is left to it."
     out, net, real = Path(args.out), None, {}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for row in names:
             cfg = settings(row, seed, base, out, args.checkpoints)
             folder, done = Path(cfg.out), Path(cfg.out) / "results.json"
@@ -139,10 +139,15 @@ def work(names: list[str], base: Config, args: argparse.Namespace) -> None:
                 write_atomic(done, lambda p: p.write_text(text))
 
 # %% ../nbs/14_ablations.ipynb #a_tidy
-def collect(names: list[str], out: Path, seeds: int) -> list[dict]:
-    "The observations of all finished runs of a table."
-    files = [out / f"{row}-{seed}" / "results.json" for row in names for seed in range(seeds)]
-    return [r for path in files if path.exists() for r in read_json(path)["results"]]
+def collect(table: str, out: Path, path: Path) -> list[dict]:
+    "The observations of all finished runs of a table, and those that its file `path` already has of other runs."
+    before, rows = read_tidy(path) if path.exists() else [], []
+    for name in TABLES[table]:
+        known = {r["seed"]: [o for o in before if (o["row"], o["seed"]) == (name, r["seed"])] for r in before if r["row"] == name}
+        known |= {f["settings"]["seed"]: f["results"] for f in map(read_json, sorted(out.glob(f"{name}-[0-9]*/results.json")))
+                  if f["results"][0]["row"] == name}
+        rows += [o for seed in sorted(known) for o in known[seed]]
+    return rows
 
 def write_tidy(path: Path, rows: list[dict]) -> None:
     "Observations as a CSV file, one to a line, five digits."
@@ -157,7 +162,7 @@ def write_tidy(path: Path, rows: list[dict]) -> None:
 def read_tidy(path: str | Path) -> list[dict]:
     "The observations of such a file: numbers where they are such."
     def value(text):
-        try: return float(text)
+        try: return int(text) if text.isdigit() else float(text)
         except ValueError: return text
     with open(path, newline="") as f: return [{k: value(v) for k, v in line.items()} for line in csv.DictReader(f)]
 
@@ -202,6 +207,12 @@ def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness"), names: di
     axes[0].invert_yaxis()
 
 # %% ../nbs/14_ablations.ipynb #a_main
+def seeds(text: str) -> list[int]:
+    "'3' is seeds 0, 1, 2; '0,2' is these two."
+    found = [int(part) for part in text.split(",") if part] if "," in text else list(range(int(text)))
+    if not found or min(found) < 0: raise argparse.ArgumentTypeError(f"{text!r} names no seed: give a number from 1, or a list like 0,2")
+    return found
+
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.ablate`; those of deco.train follow for all rows."
     parser = Parser(prog="python -m deco.ablate", formatter_class=Help, allow_abbrev=False,
@@ -212,7 +223,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("table", choices=TABLES, help="which rows: the paper's Table 1 or 4, what it leaves open, or the learning rate")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", default=argparse.SUPPRESS, help="only these rows (default: all of the table)")
-    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each row")
+    add("--seeds", type=seeds, default="3", help="how many seeds of each row, 0, 1, ...; or which, as in 0,2 (one alone: 2,)")
     add("--checkpoints", type=int, default=2, help="points of a run at which it is measured")
     add("--num-images", type=int, default=1000, help="samples at each point")
     add("--steps", type=int, default=12, help="steps of the sampler (Adams-Bashforth of order 2, no guidance)")
@@ -228,17 +239,19 @@ def main(argv: list[str] | None = None) -> None:
     from matplotlib.figure import Figure
     args, rest = arguments().parse_known_args(argv)
     names, path = list(vars(args).get("rows", TABLES[args.table])), Path(args.results) / f"{args.table}.csv"
-    for flag in ("seeds", "checkpoints", "steps"):
+    foreign = [name for name in names if name not in TABLES[args.table]]
+    if foreign: raise ValueError(f"--rows {' '.join(foreign)}: not in {args.table}, which has {', '.join(TABLES[args.table])}")
+    for flag in ("checkpoints", "steps"):
         if getattr(args, flag) < 1: raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
     if args.num_images < 4: raise ValueError(f"--num-images must be at least 4, not {args.num_images}")
     base, _ = train_settings([*BASE, *rest])
     if base.images % (args.checkpoints * base.batch_size):
         raise ValueError(f"--images {base.images} is no multiple of --checkpoints {args.checkpoints} x --batch-size {base.batch_size}")
     work(names, base, args)
-    rows = collect(names, Path(args.out), args.seeds)
+    rows = collect(args.table, Path(args.out), path)
     if not rows: return print("nothing is finished yet; another process has the runs in hand")
     write_tidy(path, rows)
-    figure = Figure(figsize=(8, 1 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.3 * len({r["row"] for r in rows})), layout="constrained")
     plot_rows(figure, rows)
     write_atomic(path.with_suffix(".png"), lambda p: figure.savefig(p, format="png", dpi=90))
     print(f"\n{shown(rows)}\n\nmade: {path}, {path.with_suffix('.png')}")

@@ -19,9 +19,11 @@ def small(photos, tmp_path, *rows):
 
 
 def test_every_row_trains_and_draws(photos, tmp_path):
-    assert run(ablate, *small(photos, tmp_path, *ablate.ROWS)) == ""
-    rows = ablate.read_tidy(tmp_path / "data" / "table1.csv")
-    assert [r["row"] for r in rows] == list(ablate.ROWS) and all(r["images"] == 8 and r["blockiness"] > 0 for r in rows)
+    for table, names in ablate.TABLES.items():
+        command = small(photos, tmp_path, *names)
+        assert run(ablate, table, *command[1:]) == ""
+        rows = ablate.read_tidy(tmp_path / "data" / f"{table}.csv")
+        assert [r["row"] for r in rows] == list(names) and all(r["images"] == 8 and r["blockiness"] > 0 for r in rows)
     for row, changed in ablate.ROWS.items():
         folder = tmp_path / "runs" / f"{row}-0"
         kept = json.loads((folder / "config.json").read_text())
@@ -62,10 +64,21 @@ def test_two_processes_share(photos, tmp_path, capsys):
     assert [r["row"] for r in rows] == ["deco"]
 
 
+def test_a_table_keeps_what_it_had(photos, tmp_path):
+    "Seeds can be added later, on another machine too: observations of other runs stay in the file."
+    command = small(photos, tmp_path, "dit")
+    assert run(ablate, *command) == ""
+    assert run(ablate, *command, "--seeds", "1,", "--out", tmp_path / "elsewhere") == ""
+    rows = ablate.read_tidy(tmp_path / "data" / "table1.csv")
+    assert [(r["row"], r["seed"]) for r in rows] == [("dit", 0), ("dit", 1)]
+    assert rows[0] == ablate.collect("table1", tmp_path / "runs", tmp_path / "none.csv")[0] | {k: v for k, v in rows[0].items() if isinstance(v, float)}
+
+
 def test_bad_input(photos, tmp_path):
     command = small(photos, tmp_path, "dit")
     assert "--seeds" in run(ablate, *command, "--seeds", "0")
     assert "--checkpoints" in run(ablate, *command, "--checkpoints", "3")
+    assert "not in table1" in run(ablate, *small(photos, tmp_path, "dit-64"))
     assert "--sedes" in run(ablate, *command, "--sedes", "3")
 
 
