@@ -131,8 +131,8 @@ def work(names: list[str], base: Config, args: argparse.Namespace) -> None:
             with claimed(folder) as ours:
                 if not ours or (done.exists() and read_json(done)["settings"] == json.loads(json.dumps(asdict(cfg)))): continue
                 print(f"\n{row}, seed {seed}", flush=True)
+                net = net or extractor(args.extractor, args.extractor_weights or None)        # what is missing is said before the work
                 train(cfg)
-                net = net or extractor(args.extractor, args.extractor_weights or None)
                 key = f"reference-{Path(cfg.data).name}-{cfg.size}.safetensors"
                 if key not in real: real[key] = reference_statistics(load_data(cfg.data, cfg.size, cfg.data_root).pixels, net, out / key)
                 text = json.dumps(dict(settings=asdict(cfg), results=measured(row, cfg, net, real[key], args)), indent=1)

@@ -78,6 +78,8 @@ def test_bad_input(photos, tmp_path):
     command = small(photos, tmp_path, "dit")
     assert "--seeds" in run(ablate, *command, "--seeds", "0")
     assert "--checkpoints" in run(ablate, *command, "--checkpoints", "3")
+    assert "no weights" in run(ablate, *command, "--extractor-weights", tmp_path / "none.safetensors")
+    assert not (tmp_path / "runs" / "dit-0" / "model.safetensors").exists()                   # it was said before the training
     assert "not in table1" in run(ablate, *small(photos, tmp_path, "dit-64"))
     assert "--sedes" in run(ablate, *command, "--sedes", "3")
 
