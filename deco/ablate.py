@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from .data import load_data, to_uint8
 from .evaluate import table
-from .metrics import Extractor, extractor, frechet_distance, reference_statistics, spectral_distance, statistics
+from .metrics import Extractor, compare, extractor, reference_statistics, statistics
 from .model import read_json, sample_images, write_atomic
-from .train import Config, Help, Parser, Run, checkpoints, cli, flops_per_image, read_log, restore, train
+from .train import Config, Help, Parser, Run, checkpoints, cli, flops_per_image, pick_device, read_log, restore, train
 from .train import parse as train_settings
 
 # %% ../nbs/14_ablations.ipynb #a_blockiness
@@ -83,20 +83,19 @@ def scores(model, size: int, net: Extractor, real: dict, args: argparse.Namespac
     "FID, sFID, spectral distance and blockiness of a model's unguided samples, the same noise and labels for every model."
     labels = [i % model.num_classes for i in range(args.num_images)]
     images = to_uint8(sample_images(model, labels, size, seed=args.sample_seed, steps=args.steps, solver="adams", batch_size=250))
-    fake = statistics(images, net)
-    distance = lambda mean, cov: frechet_distance(fake[mean], fake[cov], real[mean], real[cov])
-    return dict(fid=distance("mu", "sigma"), sfid=distance("mu_s", "sigma_s"),
-                spectral_distance_db=spectral_distance(fake["spectrum"], real["spectrum"]), blockiness=blockiness(images, model.patch_size))
+    real = {k: v for k, v in real.items() if k != "features"}                           # recall would take longer than the run
+    result = compare(statistics(images, net), real)
+    return {k: result[k] for k in ("fid", "sfid", "spectral_distance_db")} | dict(blockiness=blockiness(images, model.patch_size))
 
 # %% ../nbs/14_ablations.ipynb #a_measured
 def measured(row: str, cfg: Config, net: Extractor, real: dict, args: argparse.Namespace) -> list[dict]:
     "One observation for each checkpoint that the run of `cfg` has left: what it is, what it took, what it is worth."
     folder, found = Path(cfg.out), []
-    info, log = read_json(folder / "config.json"), read_log(folder / "log.jsonl")
+    log, device = read_log(folder / "log.jsonl"), pick_device(cfg.device)
+    run = Run(cfg, len(read_json(folder / "config.json")["classes"]), device)
     for path in checkpoints(folder):
-        run = Run(cfg, len(info["classes"]), "cpu")
         restore(run, path)
-        model, rows = run.average(cfg.ema_decay[0]), [r for r in log if r["images"] <= run.seen][-max(1, len(log) // 10):]
+        model, rows = run.average(cfg.ema_decay[0]).to(device), [r for r in log if r["images"] <= run.seen][-max(1, len(log) // 10):]
         cost = dict(parameters=sum(p.numel() for p in model.parameters()), mflops=round(flops_per_image(model, cfg.size) / 1e6, 1),
                     seconds=rows[-1]["speed"]["seconds"], mse=stats.mean(r["mse"] for r in rows))
         how = dict(lr=cfg.lr, batch_size=cfg.batch_size, extractor=net.label, samples=args.num_images, solver=f"adams-{args.steps}",
@@ -131,7 +130,8 @@ def work(names: list[str], base: Config, args: argparse.Namespace) -> None:
             with claimed(folder) as ours:
                 if not ours or (done.exists() and read_json(done)["settings"] == json.loads(json.dumps(asdict(cfg)))): continue
                 print(f"\n{row}, seed {seed}", flush=True)
-                net = net or extractor(args.extractor, args.extractor_weights or None)        # what is missing is said before the work
+                # before the work, so that what is missing is said at once
+                net = net or extractor(args.extractor, args.extractor_weights or None, pick_device(cfg.device))
                 train(cfg)
                 key = f"reference-{Path(cfg.data).name}-{cfg.size}.safetensors"
                 if key not in real: real[key] = reference_statistics(load_data(cfg.data, cfg.size, cfg.data_root).pixels, net, out / key)
@@ -168,9 +168,9 @@ def read_tidy(path: str | Path) -> list[dict]:
 
 METRICS = ("mse", "fid", "sfid", "spectral_distance_db", "blockiness", "seconds")
 
-def summary(rows: list[dict], images: float | None = None) -> list[dict]:
-    "Each row at the end (or after so many images): seeds, parameters, and of every metric (mean, standard deviation over the seeds)."
-    images, out = images or max(r["images"] for r in rows), []
+def summary(rows: list[dict]) -> list[dict]:
+    "Each row at the end: seeds, parameters, and of every metric (mean, standard deviation over the seeds)."
+    images, out = max(r["images"] for r in rows), []
     for name in dict.fromkeys(r["row"] for r in rows):
         these = [r for r in rows if r["row"] == name and r["images"] == images]
         if not these: continue
@@ -185,14 +185,14 @@ def ratios(rows: list[dict], row: str, base: str, metric: str = "fid", images: f
     values = {(r["row"], r["seed"]): r[metric] for r in rows if r["images"] == images}
     return [values[row, s] / values[base, s] for name, s in values if name == row and (base, s) in values]
 
-def shown(rows: list[dict], images: float | None = None) -> str:
+def shown(rows: list[dict]) -> str:
     "The summary as a table of Markdown: mean ± standard deviation."
     cell = lambda v: f"{v[0]:.4g}" + (f" ± {v[1]:.2g}" if v[1] is not None else "")
     line = lambda r: (r["row"], r["seeds"], f"{r['parameters']:,}", *(cell(r[m]) for m in METRICS))
-    return table(["row", "seeds", "parameters", *METRICS], list(map(line, summary(rows, images))))
+    return table(["row", "seeds", "parameters", *METRICS], list(map(line, summary(rows))))
 
 # %% ../nbs/14_ablations.ipynb #a_plot
-def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness"), names: dict | None = None) -> None:
+def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness")) -> None:
     "Each row at the end: the mean over the seeds with its standard deviation, and every seed as a dot."
     found = summary(rows)
     axes, end = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], max(r["images"] for r in rows)
@@ -203,7 +203,7 @@ def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness"), names: di
             dots = [o[metric] for o in rows if o["row"] == r["row"] and o["images"] == end]
             ax.plot(dots, [i] * len(dots), "k.", ms=3)
         ax.set(xlabel=metric.replace("_", " "), title=f"{metric.replace('_', ' ')} after {end:,.0f} images")
-    axes[0].set_yticks(range(len(found)), [(names or {}).get(r["row"], r["row"]) for r in found])
+    axes[0].set_yticks(range(len(found)), [r["row"] for r in found])
     axes[0].invert_yaxis()
 
 # %% ../nbs/14_ablations.ipynb #a_main

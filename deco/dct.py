@@ -34,15 +34,15 @@ def dct_matrix(n: int = 8) -> Tensor:
     return D
 
 # %% ../nbs/01_dct.ipynb #c036
-def block_dct(x: Tensor) -> Tensor:
-    """DCT of every 8x8 block: (B, C, H, W) -> (B, C, H/8, W/8, 8, 8), rows are vertical frequencies.
+def block_dct(x: Tensor, n: int = 8) -> Tensor:
+    """DCT of every n x n block: (B, C, H, W) -> (B, C, H/n, W/n, n, n), rows are vertical frequencies.
 
-    Sides that are not multiples of 8 are first reflect-padded at the right and the bottom. Paper Eq. 10.
+    Sides that are not multiples of n are first reflect-padded at the right and the bottom. Paper Eq. 10.
     """
     H, W = x.shape[-2:]
-    if H % 8 or W % 8: x = F.pad(x, (0, -W % 8, 0, -H % 8), mode="reflect")
-    blocks = x.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2)   # (B, C, H/8, W/8, 8, 8)
-    D = dct_matrix().to(x)
+    if H % n or W % n: x = F.pad(x, (0, -W % n, 0, -H % n), mode="reflect")
+    blocks = x.unflatten(-1, (-1, n)).unflatten(-3, (-1, n)).transpose(-3, -2)   # (B, C, H/n, W/n, n, n)
+    D = dct_matrix(n).to(x)
     return D @ blocks @ D.T
 
 # %% ../nbs/01_dct.ipynb #c041
@@ -59,13 +59,13 @@ def zigzag(n: int = 8) -> Tensor:
     return torch.tensor([i * n + j for i, j in cells])
 
 # %% ../nbs/01_dct.ipynb #c051
-def dct_spectrum(x: Tensor) -> Tensor:
-    """Mean energy per frequency in zig-zag order: (B, C, H, W) -> (C, 64), in float32 even under autocast.
+def dct_spectrum(x: Tensor, n: int = 8) -> Tensor:
+    """Mean energy per frequency of n x n blocks in zig-zag order: (B, C, H, W) -> (C, n*n), in float32 even under autocast.
 
     Paper Alg. 3, before its log and scaling.
     """
-    with torch.autocast(x.device.type, enabled=False): energy = block_dct(x.float()).square().mean((0, 2, 3))   # (C, 8, 8)
-    return energy.flatten(1)[:, zigzag().to(x.device)]
+    with torch.autocast(x.device.type, enabled=False): energy = block_dct(x.float(), n).square().mean((0, 2, 3))   # (C, n, n)
+    return energy.flatten(1)[:, zigzag(n).to(x.device)]
 
 # %% ../nbs/01_dct.ipynb #c058
 _LUMA = [[16, 11, 10, 16,  24,  40,  51,  61], [12, 12, 14, 19,  26,  58,  60,  55],

@@ -8,17 +8,16 @@ __all__ = ['block_energy', 'token_map', 'normalised']
 # %% ../nbs/15_spectra.ipynb #s003
 from einops import rearrange
 from torch import Tensor
-from .dct import dct_matrix, zigzag
+from .dct import dct_spectrum
 
 # %% ../nbs/15_spectra.ipynb #s008
 def block_energy(x: Tensor, side: int = 8) -> Tensor:
     """Mean energy at each frequency of the blocks of a map (B, C, H, W), zig-zag from low to high: (side**2,). Paper Alg. 3.
 
-    Mean over images, channels and blocks, float32. ValueError where H or W is not a multiple of side.
+    `dct_spectrum`, its mean over the channels. ValueError where H or W is not a multiple of side.
     """
     if x.shape[-2] % side or x.shape[-1] % side: raise ValueError(f"a map of {tuple(x.shape[-2:])} has no whole blocks of {side}")
-    D, blocks = dct_matrix(side).to(x.device), rearrange(x.float(), "b c (h p) (w q) -> b c h w p q", p=side, q=side)
-    return (D @ blocks @ D.T).square().mean((0, 1, 2, 3)).flatten()[zigzag(side).to(x.device)]
+    return dct_spectrum(x, side).mean(0)
 
 def token_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     "Tokens (B, h*w, D) as a map (B, D, h, w). ValueError where their number is not that of the grid."
