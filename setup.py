@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-evaluation, repa = cfg["eval_requirements"].split(), cfg["repa_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("eval", "repa", "text", "demo")}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
@@ -15,6 +15,6 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=["deco"], package_data={"deco": ["py.typed", "weights/*/*", "weights/*/evaluation/*"]}, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"eval": evaluation, "repa": repa, "dev": evaluation + repa + cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require=extras | {"dev": sum(extras.values(), cfg["dev_requirements"].split())},
     entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},
 )

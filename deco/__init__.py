@@ -5,6 +5,7 @@ from .dct import frequency_loss, jpeg_weights
 from .decoder import PixelDecoder
 from .dit import DiT
 from .model import DeCo, create, load, load_official, sample_images, save
+from .text import TextEncoder, sample_prompts
 
-__all__ = ["DeCo", "DiT", "PixelDecoder", "create", "frequency_loss", "jpeg_weights", "load", "load_data", "load_official",
-           "make_grid", "openmoji", "sample_images", "save"]
+__all__ = ["DeCo", "DiT", "PixelDecoder", "TextEncoder", "create", "frequency_loss", "jpeg_weights", "load", "load_data", "load_official",
+           "make_grid", "openmoji", "sample_images", "sample_prompts", "save"]

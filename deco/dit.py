@@ -37,14 +37,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * self.inverse(x) * self.weight
 
 # %% ../nbs/03_dit.ipynb #c018
-def rope_table(grid: tuple[int, int], head_width: int, extent: float = 16, theta: float = 1e4) -> tuple[Tensor, Tensor]:
+def rope_table(grid: tuple[int, int], head_width: int, extent: tuple[float, float] = (16, 16),
+               theta: float = 1e4) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (h*w, head_width), sin with the minus sign that its first half will need.
 
-    Positions run over linspace(0, extent, n) along each side, whatever n: a larger image is interpolated.
+    Positions run over linspace(0, extent, n) along each side (rows, columns), whatever n: a larger image is interpolated.
     Channel c turns with channel c + head_width/2; of these pairs the even ones follow x, the odd ones y.
     """
     freqs = theta ** (-torch.arange(0, head_width, 4) / head_width)                     # (head_width/4,)
-    y, x = (torch.linspace(0, extent, n)[:, None] * freqs for n in grid)                # (h, hw/4), (w, hw/4)
+    y, x = (torch.linspace(0, end, n)[:, None] * freqs for end, n in zip(extent, grid)) # (h, hw/4), (w, hw/4)
     angles = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), -1).flatten(0, 1).flatten(1)
     return torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
@@ -55,18 +56,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %% ../nbs/03_dit.ipynb #c021
 class Attention(nn.Module):
-    "Multi-head self-attention with RMS-normalised queries and keys and rotary positions. x: (B, N, width)."
-    def __init__(self, width: int, heads: int):
+    """Multi-head self-attention with RMS-normalised queries and keys and rotary positions (rope None: without). x: (B, N, width).
+
+    joint: what is looked at may be a prompt's tokens too, text (B, L, width), without rotation (16_text). mask: (B, 1, 1, N + L)
+    bool, what may be looked at.
+    """
+    def __init__(self, width: int, heads: int, joint: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        if joint: self.text_kv = nn.Linear(width, 2 * width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)              # each (B, N, heads, hw)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))   # (B, heads, N, hw)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope: q, k = rotate(q, *rope), rotate(k, *rope)
+        if text is not None:
+            text_k, text_v = self.text_kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            k, v = torch.cat([k, self.k_norm(text_k)], 1), torch.cat([v, text_v], 1)    # (B, N + L, heads, hw)
+        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))                                # of (B, heads, N, hw)
 
 # %% ../nbs/03_dit.ipynb #c026
 RECOMPUTE = ("none", "cheap", "blocks")     # again in the backward pass: nothing; norms, modulations, gates; whole blocks
@@ -126,21 +136,22 @@ def conditions(linear: nn.Linear, c: Tensor, parts: int) -> tuple[Tensor, ...]:
     return torch.addmm(linear.bias[:, None], linear.weight, c[:, 0].T).T.contiguous()[:, None].chunk(parts, -1)
 
 class Block(nn.Module):
-    "One DiT block: attention, then MLP, each modulated and gated by the condition c. x: (B, N, D); c: (B, 1, D)."
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, recompute: str = "none"):
+    "One DiT block: attention, then MLP, each modulated and gated by the condition c. x: (B, N, D); c: (B, 1, D); the rest: `Attention`'s."
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, recompute: str = "none", joint: bool = False):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(width), Attention(width, heads)
+        self.norm1, self.attn = RMSNorm(width), Attention(width, heads, joint)
         self.norm2, self.mlp = RMSNorm(width), SwiGLU(width, mlp_ratio, recompute == "cheap")
         self.modulation, self.recompute = nn.Linear(width, 6 * width), recompute
 
-    def inner(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def inner(self, x: Tensor, c: Tensor, *looked_at) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = conditions(self.modulation, c, 6)  # each (B, 1, D)
         adaln = lambda *args: recomputed(self.recompute == "cheap", normed, *args)
-        x = torch.addcmul(x, gate1, self.attn(adaln(self.norm1, x, shift1, scale1), rope))
+        x = torch.addcmul(x, gate1, self.attn(adaln(self.norm1, x, shift1, scale1), *looked_at))
         return torch.addcmul(x, gate2, self.mlp(adaln(self.norm2, x, shift2, scale2)))
 
-    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return recomputed(self.recompute == "blocks", self.inner, x, c, rope)
+    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor] | None, text: Tensor | None = None,
+                mask: Tensor | None = None) -> Tensor:
+        return recomputed(self.recompute == "blocks", self.inner, x, c, rope, text, mask)
 
 # %% ../nbs/03_dit.ipynb #c035
 class PatchHead(nn.Module):
@@ -163,36 +174,53 @@ class DiT(nn.Module):
     num_classes stands for "no label". The head turns tokens into velocities: here `PatchHead`, the plain baseline.
     recompute: "none", "cheap" or "blocks", what the backward pass computes again to save memory.
     prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v is a velocity in both.
+    text_width above 0: y is a prompt's embeddings, (B, L, text_width) with L up to text_length, rows of zeros where there is no
+    token (16_text); text_depth blocks refine them; official_text: computed as the authors' code does.
     """
     def __init__(self, patch_size: int = 16, width: int = 1024, depth: int = 24, heads: int = 16,
                  num_classes: int = 1000, mlp_ratio: float = 4.0, channels: int = 3, recompute: str | bool = "none",
-                 prediction: str = "velocity"):
+                 prediction: str = "velocity", text_width: int = 0, text_length: int = 128, text_depth: int = 4,
+                 official_text: bool = False):
         super().__init__()
         if width % (4 * heads): raise ValueError(f"width {width} must be a multiple of 4 heads = {4 * heads}")
         if prediction not in ("velocity", "x"): raise ValueError(f"prediction must be velocity or x, not {prediction!r}")
         self.config = dict(patch_size=patch_size, width=width, depth=depth, heads=heads, num_classes=num_classes,
                            mlp_ratio=mlp_ratio, channels=channels, recompute=recompute_choice(recompute), prediction=prediction)
-        self.patch_size, self.num_classes, self.head_width = patch_size, num_classes, width // heads
-        self.patch_embed = nn.Linear(channels * patch_size**2, width)
-        self.time_embed, self.label_embed = TimeEmbedding(width), nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, self.config["recompute"]) for _ in range(depth))
-        self.head = PatchHead(width, patch_size, channels)
-        self._rope = {}
-        for p in (self.label_embed.weight, self.time_embed.mlp[0].weight, self.time_embed.mlp[2].weight):
-            nn.init.normal_(p, std=0.02)
+        if text_width: self.config |= dict(num_classes=0, text_width=text_width, text_length=text_length, text_depth=text_depth,
+                                           official_text=official_text)
+        self.patch_size, self.num_classes, self.head_width = patch_size, self.config["num_classes"], width // heads
+        self.patch_embed, self.time_embed = nn.Linear(channels * patch_size**2, width), TimeEmbedding(width)
+        if text_width:
+            from deco.text import Prompts                                               # which needs this module
+            self.prompts = Prompts(text_width, text_length, text_depth, width, heads, mlp_ratio, self.config["recompute"], official_text)
+        else: self.label_embed = nn.Embedding(num_classes + 1, width)
+        blocks = (Block(width, heads, mlp_ratio, self.config["recompute"], joint=text_width > 0) for _ in range(depth))
+        self.blocks, self.head, self._rope = nn.ModuleList(blocks), PatchHead(width, patch_size, channels), {}
+        for m in (*([] if text_width else [self.label_embed]), *self.time_embed.mlp[::2]): nn.init.normal_(m.weight, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.weight); nn.init.zeros_(self.patch_embed.bias)
 
     def rope(self, grid: tuple[int, int], device) -> tuple[Tensor, Tensor]:
         "The rotary table of a grid of tokens, built once per grid and device."
-        key = grid, str(device)
+        key, text = (grid, str(device)), "text_width" in self.config
+        extent = (16, 16) if not text else grid[::-1] if self.config["official_text"] else grid
         if key not in self._rope:
-            with torch.inference_mode(False): self._rope[key] = tuple(z.to(device) for z in rope_table(grid, self.head_width))
+            with torch.inference_mode(False): self._rope[key] = tuple(z.to(device) for z in rope_table(grid, self.head_width, extent))
         return self._rope[key]
+
+    def blank(self, n: int, device=None) -> Tensor:
+        "Conditions of the right shape for n images that say nothing: labels num_classes, or embeddings of which no row is a token's."
+        if "text_width" not in self.config: return torch.full((n,), self.num_classes, device=device)
+        return torch.zeros(n, self.config["text_length"], self.config["text_width"], device=device)
 
     def grid(self, x: Tensor, y: Tensor) -> tuple[int, int]:
         "Rows and columns of tokens of an image; ValueError where its sides or the labels do not fit the model."
         (H, W), P, K = x.shape[-2:], self.patch_size, self.num_classes
         if H % P or W % P or not H * W: raise ValueError(f"image size {H}x{W} is not a multiple of patch_size {P}")
+        if "text_width" in self.config:
+            width, length, shape = self.config["text_width"], self.config["text_length"], tuple(y.shape)
+            if len(shape) == 3 and 1 <= shape[1] <= length and shape[2] == width: return H // P, W // P
+            raise ValueError(f"a prompt's embeddings must be (B, up to {length}, {width}), not {shape}: deco.TextEncoder makes them")
+        if y.ndim != 1: raise ValueError(f"y must be labels (B,), not {tuple(y.shape)}: this model is not conditioned on text")
         if y.device.type == "cpu" and not 0 <= y.min() <= y.max() <= K:     # elsewhere it would cost a wait
             raise ValueError(f"a label lies outside 0..{K} (the last stands for no label): {y.unique().tolist()}")
         return H // P, W // P
@@ -203,9 +231,12 @@ class DiT(nn.Module):
         pixels = patchify(x, self.patch_size)                                           # (B, N, P*P, C)
         tokens, rope = self.patch_embed(pixels.flatten(2)), self.rope(grid, x.device)   # (B, N, D)
         time = self.time_embed(t)[:, None]                                              # (B, 1, D)
-        c = F.silu(time + self.label_embed(y)[:, None])
+        if "text_width" in self.config:
+            c = F.silu(time)
+            text = self.prompts(y, c, tokens.shape[1])                                  # (B, L, D), mask
+        else: c, text = F.silu(time + self.label_embed(y)[:, None]), ()
         for i, block in enumerate(self.blocks, 1):
-            tokens = block(tokens, c, rope)
+            tokens = block(tokens, c, rope, *text)
             if i in layers: kept[i] = tokens
         v = unpatchify(self.head(pixels, tokens, time, c), grid)
         if self.config["prediction"] == "x": v = (v - x) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)

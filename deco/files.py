@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from .data import EXTENSIONS, Images, center_crop, load_data, places, progress, to_tensor
+from .data import EXTENSIONS, NAMED, Images, center_crop, load_data, places, progress, to_tensor
 from .model import write_atomic
 
 log = logging.getLogger("deco")
@@ -114,11 +114,12 @@ def find_shards(source: str) -> list[str]:
     return sorted(glob.glob(source)) if glob.has_magic(source) else [source] * source.endswith(".tar")
 
 # %% ../nbs/12_files.ipynb #c033
-def load_index(source: str | Path, root: str | Path = "data") -> tuple[Tensor, Tensor, list[list], list[str]]:
-    "What `build` makes of a folder or of shards, kept in a file under `root`; listed anew when a folder or a shard has changed."
+def load_index(source: str | Path, root: str | Path = "data", labelled: bool = True) -> tuple[Tensor, Tensor, list[list], list[str]]:
+    """What `build` makes of a folder or of shards, kept in a file under `root`; listed anew when a folder or a shard has changed.
+    labelled=False: all pictures, whatever their classes."""
     source = os.path.abspath(source)
     shards = find_shards(source)
-    path = Path(root) / f"index-{blake2b(repr([source, *shards]).encode(), digest_size=8).hexdigest()}.safetensors"
+    path = Path(root) / f"index-{blake2b(repr([source, *shards, *[0] * (not labelled)]).encode(), digest_size=8).hexdigest()}.safetensors"
     try:
         with safe_open(path, "pt") as f: index = f.get_tensor("names"), f.get_tensor("table"), *json.loads(f.metadata()["rest"])
         if all(os.stat(base).st_mtime_ns == time for base, time in index[2]): return index
@@ -127,7 +128,8 @@ def load_index(source: str | Path, root: str | Path = "data") -> tuple[Tensor, T
         if not os.path.exists(p): raise FileNotFoundError(f"no {p}: give an image folder, tar shards, 'openmoji' or 'cifar10'")
     bases = [[shard, os.stat(shard).st_mtime_ns] for shard in shards]
     rows = ((name, group, s, *place) for s, shard in enumerate(progress(shards)) for name, group, *place in members(shard))
-    names, table, *rest = index = build(rows if shards else walk(source, bases, progress), bases)
+    rows = ((name, group if labelled else None, *place) for name, group, *place in (rows if shards else walk(source, bases, progress)))
+    names, table, *rest = index = build(rows, bases)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda p: save_file(dict(names=names, table=table), p, metadata=dict(rest=json.dumps(rest))))
     return index
@@ -135,9 +137,11 @@ def load_index(source: str | Path, root: str | Path = "data") -> tuple[Tensor, T
 # %% ../nbs/12_files.ipynb #c036
 class Files:
     "A lazy data set: image files, read as size x size pixels when they are taken; the next takes the place of one that is broken."
+    labelled = True                                                              # has each a class? If not, all belong to it
+
     def __init__(self, source: str | Path, size: int, root: str | Path = "data", flip: bool = True, max_bad: float = 0.01):
         if size < 1: raise ValueError(f"size must be at least 1 pixel, not {size}")
-        self.names, self.table, self.bases, self.classes = load_index(source, root)
+        self.names, self.table, self.bases, self.classes = load_index(source, root, self.labelled)
         self.size, self.max_bad, self.labels, self.can_flip = size, max_bad, self.table[:, 2], torch.full((len(self),), flip)
         self.tried, self.bad = 0, {}                                             # pictures asked for; path and reason of bad ones
 
@@ -147,19 +151,28 @@ class Files:
         start, end, _, base, *_ = self.table[k].tolist()
         return os.path.join(self.bases[base][0], os.fsdecode(self.names[start:end].numpy().tobytes()))
 
+    def picture(self, k: int) -> Tensor:
+        "Picture k, (3, S, S) uint8. Raises whatever makes it a bad one."
+        *_, base, start, length = self.table[k].tolist()
+        return decode(self.path(k) if length < 0 else self.bases[base][0], start, length, self.size)
+
+    def said(self, i: Tensor) -> Tensor:
+        "What is known of pictures (n,): their labels."
+        return self.labels[i]
+
     def read(self, i: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         "Pixels (n, 3, S, S) uint8, labels (n,), and (path, reason) of each picture replaced: a function of the indices (n,) alone."
         pixels, used, bad = torch.empty(len(i), 3, self.size, self.size, dtype=torch.uint8), i.clone(), []
         for row, k in enumerate(i.tolist()):
             for j in range(k, k + min(len(self), 1000)):
                 used[row] = j % len(self)
-                path, (*_, base, start, length) = self.path(used[row]), self.table[used[row]].tolist()
-                try: pixels[row] = decode(path if length < 0 else self.bases[base][0], start, length, self.size)
+                try: pixels[row] = self.picture(used[row])
                 except Exception as e:                                           # a broken file makes Pillow raise anything
+                    path = self.path(used[row])
                     if j == k: bad.append((path, " ".join(re.sub("<.*>|'.*'", "", str(e)).split()) or type(e).__name__))
                 else: break
             else: raise ValueError(f"no picture from {bad[-1][0]} ({bad[-1][1]}) to {path} can be read: mend them or take them out")
-        return pixels, self.labels[used], bad
+        return pixels, self.said(used), bad
 
     def count(self, tried: int, bad: list[tuple[str, str]]) -> None:
         "Log what was replaced. ValueError: more bad pictures than the share max_bad of those tried (at least 10,000, or all)."
@@ -179,8 +192,8 @@ class Files:
 
 # %% ../nbs/12_files.ipynb #c040
 def open_data(name: str | Path, size: int, root: str | Path = "data", flip: bool = True, max_bad: float = 0.01) -> Images | Files:
-    "'openmoji' or 'cifar10' in memory, or lazily an image folder or tar shards: file, folder, glob or pattern x-{000..146}.tar."
-    if str(name) not in ("openmoji", "cifar10"): return Files(name, size, root, flip, max_bad)
+    "'openmoji', 'cifar10' or 'scenes' in memory, or lazily an image folder or tar shards: file, folder, glob or pattern x-{000..146}.tar."
+    if str(name) not in NAMED: return Files(name, size, root, flip, max_bad)
     images = load_data(str(name), size, root)
     images.can_flip &= flip
     return images

@@ -81,7 +81,7 @@ def sample(model: Callable, noise: Tensor, y: Tensor, *, steps: int = 50, solver
            null: Tensor | None = None, weak: Callable | None = None, callback: Callable | None = None) -> Tensor:
     """Integrate dx/dt = v from noise at t=0 to data at t=1. noise: (B, ...); y: (B,) labels. Returns (B, ...).
 
-    model(x, t, y) gives the velocity; `null` (default: `model.num_classes`) is the label of the unconditional pass,
+    model(x, t, y) gives the velocity; `null` (default: `model.num_classes`) is the y of the unconditional pass, or of one image,
     `weak` a weaker model to guide away from instead. A step that starts at t is guided if interval[0] < t <= interval[1].
     solver "euler", "heun_fsal" (Heun with the trial velocity carried over), "adams" (Adams-Bashforth of `order` 2 or 3):
     `steps` evaluations; "heun": 2 `steps` - 1, the last step is Euler's.
@@ -92,7 +92,10 @@ def sample(model: Callable, noise: Tensor, y: Tensor, *, steps: int = 50, solver
     if not math.isfinite(guidance): raise ValueError(f"guidance must be a finite number, not {guidance!r}")
     lo, hi = interval
     if not 0 <= lo <= hi <= 1: raise ValueError(f"interval must be two times with 0 <= low <= high <= 1, not {interval!r}")
-    if null is None and guidance != 1 and not weak: null = torch.full_like(y, model.num_classes)
+    if null is None and guidance != 1 and not weak:
+        if y.ndim > 1: raise ValueError('guidance away from no prompt needs null, the embeddings of "": see deco.sample_prompts')
+        null = torch.full_like(y, model.num_classes)
+    if null is not None: null = null.to(y.device).expand_as(y)
     v, times, x, past, carried = guided(model, y, null, guidance, weak), time_grid(steps, shift), noise, [], None
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         if callback: callback(i, t, x)

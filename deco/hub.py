@@ -26,7 +26,7 @@ EMOJI = ("Its training data: all emojis designed by [OpenMoji](https://openmoji.
 def card(model: DiT, info: dict) -> str:
     "The text of a model card. info, all optional: classes, size, source, train, images_seen, sampling, metrics, license."
     train, classes, size = info.get("train") or {}, info.get("classes") or [], info.get("size", 16 * model.patch_size)
-    kind, none = type(model).__name__, model.num_classes                 # a class number, and the label that stands for none
+    kind, none, text = type(model).__name__, model.num_classes, info.get("text")     # none: the label that stands for no class
     settings = info.get("sampling") or {k: train[k] for k in ("guidance", "steps") if k in train}
     how = "".join(f", {k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in settings.items())
     names = f" ({', '.join(map(str, classes[:10]))}{', ...' * (len(classes) > 10)})" if classes else ""
@@ -34,14 +34,18 @@ def card(model: DiT, info: dict) -> str:
     if "data" in training: training["data"] = Path(training["data"]).name
     rows = lambda values: table(["", ""], values.items())
     return f"{MARK}\n" + page(f"{kind}, {sum(p.numel() for p in model.parameters()):,} parameters", [],
-        f"A diffusion model that draws images in pixels, given a class: "
+        f"A diffusion model that draws images in pixels, given {'a prompt' if text else 'a class'}: "
         f"{'the DiT and pixel decoder' if kind == 'DeCo' else 'the baseline, a DiT without decoder,'} of\n"
         "*DeCo: Frequency-Decoupled Pixel Diffusion for End-to-End Image Generation*\n"
         "([arXiv 2511.19365](https://arxiv.org/abs/2511.19365)), by [deco](https://github.com/deco-diffusion/deco).\n"
-        f"Images of {info.get('size', 'unknown')} pixels a side; {none} classes{names}; label {none} stands for none.",
+        f"Images of {info.get('size', 'unknown')} pixels a side; " +
+        (f"prompts of up to {text['length']} tokens of the language model {text['name']}." if text
+         else f"{none} classes{names}; label {none} stands for none."),
         "```python\nimport deco\n"
         f'model = deco.model.{kind}.from_pretrained(".")           # this folder, or the id of its repository on the hub\n'
-        f"images = deco.sample_images(model, labels={list(range(min(4, none)))}, size={size}{how})\n"
+        + ("encoder = deco.TextEncoder(**model.info['text'])\n"
+           f"images = deco.sample_prompts(model, encoder, {(info.get('prompts') or [''])[:4]}, {size}{how})\n" if text
+           else f"images = deco.sample_images(model, labels={list(range(min(4, none)))}, size={size}{how})\n") +
         'deco.make_grid(images).save("grid.png")\n```',
         "## Configuration", rows(model.config),
         "## Training", rows(training) if training else "Not recorded.", *[EMOJI] * (train.get("data") == "openmoji"),

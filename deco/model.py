@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .data import progress
 from .decoder import FieldHead, PixelDecoder
-from .dit import DiT
+from .dit import DiT, rope_table
 from .flow import sample, seeded_noise
 
 # %% ../nbs/05_model.ipynb #pretrained
@@ -64,6 +64,8 @@ class DeCo(Pretrained, DiT):
         c = self.config
         self.head = PixelDecoder(c["width"], c["patch_size"], decoder_width, decoder_depth, c["channels"], decoder_gain,
                                  c["recompute"] != "none", decoder_patch, decoder_interaction)
+        P = c["patch_size"]
+        if c.get("official_text"): self.head.positions.copy_(rope_table((P, P), 128, extent=(P, P))[0][:, :64])     # cosines alone
         c |= dict(decoder_width=decoder_width, decoder_depth=decoder_depth, decoder_gain=decoder_gain,
                   decoder_patch=decoder_patch, decoder_interaction=decoder_interaction)
 
@@ -82,8 +84,9 @@ def build(config: dict) -> DiT:
     return (DeCo if "decoder_width" in config else PixNerd if "field_width" in config else Baseline)(**config)
 
 # %% ../nbs/05_model.ipynb #c011
-COLUMNS = ("patch_size", "width", "depth", "heads", "recompute", "decoder_width", "decoder_depth", "decoder_gain")
+COLUMNS = ("patch_size", "width", "depth", "heads", "recompute", "decoder_width", "decoder_depth", "decoder_gain", "mlp_ratio")
 SIZES = {
+    "deco-xxl": (16,        1536,    16,      24,      "cheap",     32,              3,               0.0,            6.0),
     "deco-xl":   (16,       1152,    28,      16,      "cheap",     32,              3,               0.0),
     "dit-xl":    (16,       1152,    28,      16,      "cheap"),
     "deco-l":    (16,       1024,    22,      16,      "cheap",     32,              3,               0.0),
@@ -170,17 +173,19 @@ def fill(model: DiT, state: dict[str, Tensor], source: str) -> None:
 # %% ../nbs/05_model.ipynb #c025
 @torch.no_grad()
 def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int] = 32, *, seed: int = 0, first: int = 0,
-                  batch_size: int = 64, **settings) -> Tensor:
+                  batch_size: int = 64, told: Tensor | None = None, **settings) -> Tensor:
     """Images (len(labels), C, H, W) in [-1, 1] on the CPU, one per label (num_classes stands for no label).
 
-    size: pixels, one number or (H, W). The i-th is image number first + i, a function of (seed, its number, its label)
-    alone, not of the batch size. settings: steps, solver, order, guidance, interval, shift, weak of `deco.flow.sample`.
+    told: for a model that is conditioned on text the embeddings (prompts, L, E), of which labels are the numbers. size: pixels,
+    one number or (H, W). The i-th is image number first + i, a function of (seed, its number, its label) alone, not of the batch size.
+    settings: steps, solver, order, guidance, interval, shift, null, weak of `deco.flow.sample`.
     """
     device, images = next(model.parameters()).device, []
     shape = (model.config["channels"], *((size, size) if isinstance(size, int) else size))
     starts = range(0, len(labels), batch_size)
     for i in progress(starts) if len(starts) > 1 else starts:
         y = torch.tensor(labels[i:i + batch_size])
+        if told is not None: y = told[y]
         model.grid(torch.empty(1, *shape, device="meta"), y)                        # says what is wrong before any work
         noise = seeded_noise(seed, range(first + i, first + i + len(y)), shape).to(device)
         images.append(sample(model, noise, y.to(device), **settings).clamp(-1, 1).cpu())
@@ -190,14 +195,16 @@ def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int]
 RENAMES = [(r"^t_embedder\.", "time_embed."), (r"^y_embedder\.embedding_table", "label_embed"),
            (r"^s_embedder\.proj|^x_embedder\.proj", "patch_embed"), (r"^x_embedder\.embedder\.0", "head.pixel_embed"),
            (r"^dec_net\.final_layer|^final_layer", "head"), (r"^dec_net\.res_blocks", "head.blocks"), (r"^dec_net", "head"),
-           (r"adaLN_modulation\.\d", "modulation"), (r"in_ln", "norm"), (r"mlp\.w2", "mlp.down")]
+           (r"adaLN_modulation\.\d", "modulation"), (r"in_ln", "norm"), (r"mlp\.w2", "mlp.down"),
+           (r"^y_embedder\.", "prompts."), (r"^text_refine_blocks", "prompts.blocks"), (r"^y_pos_embedding", "prompts.positions"),
+           (r"attn\.qkv_x", "attn.qkv"), (r"attn\.kv_y", "attn.text_kv"), (r"mlp\.w12", "mlp.gate_up")]
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The authors' parameter names to ours; the MLP's w1 and w3 become one matrix."
-    out = {}
+    "The authors' parameter names to ours; the MLP's w1 and w3 become one matrix, which in their text-to-image model they are."
+    out, text = {}, any("mlp.w12" in key for key in state)
     for key, value in state.items():
         for old, new in RENAMES: key = re.sub(old, new, key)
-        out[key] = value
+        out[key.replace("mlp.w3", "mlp.down") if text else key] = value[0] if key == "prompts.positions" else value
     for key in [k for k in out if k.endswith("mlp.w1.weight")]:
         pair = out.pop(key), out.pop(key.replace("w1", "w3"), None)
         if pair[1] is not None: out[key.replace("w1", "gate_up")] = torch.cat(pair)
@@ -210,7 +217,11 @@ def inferred(state: dict[str, Tensor]) -> dict:
     decoder = "head.cond_embed.weight" in state
     channels = len(state["head.linear.weight"]) if decoder else 3
     config = dict(patch_size=int((inputs / channels) ** 0.5), width=width, depth=count("blocks."), channels=channels,
-                  heads=width // len(state["blocks.0.attn.q_norm.weight"]), num_classes=len(state["label_embed.weight"]) - 1)
+                  heads=width // len(state["blocks.0.attn.q_norm.weight"]))
+    if "prompts.positions" in state:
+        config |= dict(text_width=state["prompts.proj.weight"].shape[1], text_length=len(state["prompts.positions"]), official_text=True,
+                       text_depth=count("prompts.blocks."), mlp_ratio=state["blocks.0.mlp.down.weight"].shape[1] * 1.5 / width)
+    else: config |= dict(num_classes=len(state["label_embed.weight"]) - 1)
     if decoder: config |= dict(decoder_width=len(state["head.input_proj.weight"]), decoder_depth=count("head.blocks."))
     return config
 
@@ -227,6 +238,9 @@ def reordered(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         if key.endswith("qkv.weight"):
             q, k, v = w.unflatten(0, (3, config["heads"], hw))                          # each (heads, hw, width)
             out[key] = torch.stack([q[:, halves], k[:, halves], v]).flatten(0, 2)
+        if key.endswith("text_kv.weight"):
+            k, v = w.unflatten(0, (2, config["heads"], hw))
+            out[key] = torch.stack([k[:, halves], v]).flatten(0, 2)
     return out
 
 # %% ../nbs/05_model.ipynb #c032
@@ -243,7 +257,7 @@ def read_checkpoint(path: Path) -> dict:
     raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
 
 def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
-    """The authors' class-to-image DeCo or plain DiT, from a Lightning checkpoint, a state dict, or the path of one.
+    """The authors' DeCo, class- or text-to-image, or plain DiT, from a Lightning checkpoint, a state dict, or the path of one.
 
     The configuration is inferred from names and shapes; of a Lightning checkpoint the EMA is taken, or with ema=False
     the raw weights. Raises ValueError listing what is missing, unexpected or unreadable.
@@ -257,8 +271,6 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     if any(k.startswith(("denoiser.", "ema_denoiser.")) for k in state):
         state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
         if not state: raise ValueError(f"{name} holds no {prefix}* weights: load it with ema={not ema}")
-    if any(k.startswith("text_refine_blocks") for k in state):
-        raise ValueError(f"{name} is a text-to-image model; only class-to-image models are read so far")
     state = renamed({k.replace("_orig_mod.", ""): v for k, v in state.items()})
     try: config = inferred(state)
     except (KeyError, ValueError, AttributeError) as e:

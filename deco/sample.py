@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['pick_classes', 'pick_labels', 'image_path', 'write_samples', 'write_npz', 'claim', 'weights_hash', 'pick_average',
-           'arguments', 'at_least', 'drawing_arguments', 'prepare', 'write_set', 'main']
+           'arguments', 'at_least', 'drawing_arguments', 'read_prompts', 'prepare', 'write_set', 'main']
 
 # %% ../nbs/08_sample.ipynb #c002
 import argparse
 import hashlib
 import json
+import sys
 import time
 import zipfile
 from datetime import timedelta
@@ -21,6 +22,7 @@ from .data import generator, make_grid, progress, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
 from .model import load, read_json, sample_images, write_atomic
+from .text import TextEncoder
 from .train import Parser, by_first, cli, pick_device, place, processes, summed
 
 # %% ../nbs/08_sample.ipynb #c007
@@ -126,12 +128,14 @@ def at_least(low: int):
 
 def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1) -> argparse.ArgumentParser:
     "The flags that say which images are drawn, by default `num`, and how noise becomes one."
-    parser.set_defaults(classes="", ema=None, weak="")
+    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="")
     none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: not in --help
     add("--num-images", type=at_least(least), default=num, help="how many (papers evaluate 50000)")
     add("--seed", type=at_least(0), default=0, help="seed of the noise")
     add("--labels", choices=("balanced", "random", "data"), default="balanced", help="in turn, even, as in the data")
     add("--classes", default=none, help="class numbers or names, comma-separated (all)")
+    add("--prompt", nargs="+", default=none, help="in words, for a model that learned from captions; several: in turn")
+    add("--negative", default=none, metavar="PROMPT", help="what guidance leads away from (the empty prompt)")
     add("--ema", type=float, default=none, metavar="DECAY", help="which of the run's averaged weights (the first)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     add("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
@@ -146,6 +150,20 @@ def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1)
     return parser
 
 # %% ../nbs/08_sample.ipynb #c011
+def read_prompts(args: argparse.Namespace, model: DiT, info: dict, device: str) -> dict:
+    """Put the prompts in the place of `info`'s classes, by default those that stand there as examples; for a model of classes, nothing.
+    Returns keywords of `sample_images`: the embeddings `told`, and `null`. ValueError: a flag for the other kind of model."""
+    if "text" not in info:
+        if args.prompt or args.negative: raise ValueError(f"--prompt and --negative: {args.run} knows classes and no words; use --classes")
+        return {}
+    if args.classes: raise ValueError(f"--classes: {args.run} learned from captions; use --prompt")
+    encoder = TextEncoder(**info["text"], device=device, official=model.config["official_text"])
+    info |= dict(classes=list(args.prompt or dict.fromkeys(info["prompts"])), class_counts=None)
+    told = encoder([*info["classes"], args.negative])                                          # (prompts + 1, L, E)
+    cut = [p for p, ids in zip(info["classes"], encoder.tokens(info["classes"])) if len(ids) == encoder.length]
+    if cut: print(f"note: of {cut[0][:40]!r}... the first {encoder.length} tokens are used", file=sys.stderr)
+    return dict(told=told[:-1], null=told[-1:])
+
 def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]:
     "From the command line: model, its config.json, labels, keywords for the solver, settings that decide the images."
     run, device = Path(args.run), pick_device(args.device)
@@ -153,6 +171,7 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     model, info = load(run, file)
     if "size" not in info: raise ValueError(f'{run / "config.json"} names no image size: add "size": PIXELS to it')
     info = {"classes": [str(i) for i in range(model.num_classes)]} | info
+    text = read_prompts(args, model, info, device)
     chosen = pick_classes(args.classes, info["classes"]) if args.classes else list(range(len(info["classes"])))
     labels = pick_labels(args.num_images, chosen, args.labels, args.seed, info.get("class_counts"))
     weak = load(args.weak)[0].to(device) if args.weak else None
@@ -161,7 +180,8 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
                     num=len(labels), seed=args.seed, labels=args.labels, classes=[info["classes"][i] for i in chosen],
                     size=info["size"], batch_size=args.batch_size, **solver,
                     weak=weights_hash(Path(args.weak) / "model.safetensors") if weak else None)
-    return model.to(device), info, labels, solver | dict(weak=weak), settings
+    if text: settings["negative"] = args.negative
+    return model.to(device), info, labels, solver | dict(weak=weak) | text, settings
 
 def write_set(model: DiT, labels: list[int], out: Path, solver: dict, settings: dict) -> str:
     "A folder of PNGs, for a name in .npz that file too; alone or as a process of torchrun. Returns what to say of it."

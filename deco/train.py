@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AT_LEAST_0', 'AT_LEAST_1', 'ABOVE_0', 'SHARE', 'FINITE', 'BELOW_1', 'QUALITY', 'SEED', 'PAPER', 'EPOCH', 'COLUMNS',
-           'ROWS', 'PRESETS', 'SMOKE', 'FREE', 'setting', 'Config', 'resolved', 'check', 'Objective', 'draws', 'losses',
-           'learning_rate', 'local', 'ema_update', 'place', 'processes', 'summed', 'by_first', 'wrapped', 'no_sync',
-           'Run', 'started_from', 'weighted', 'gradients', 'shared', 'update', 'contents', 'checkpoints',
-           'save_checkpoint', 'cause', 'restore', 'resume', 'read_log', 'plot_log', 'reporters', 'flops_per_image',
-           'memory_mb', 'finish', 'draw', 'pick_device', 'same_run', 'same_data', 'train', 'taken_up', 'held_signals',
-           'measured', 'trouble', 'loop', 'cli', 'Help', 'Parser', 'parse', 'main']
+           'ROWS', 'PRESETS', 'TOLD', 'T2I', 'STAGES', 'SMOKE', 'FREE', 'setting', 'Config', 'resolved', 'check',
+           'Objective', 'draws', 'losses', 'learning_rate', 'local', 'ema_update', 'place', 'processes', 'summed',
+           'by_first', 'wrapped', 'no_sync', 'Run', 'started_from', 'weighted', 'gradients', 'shared', 'update',
+           'contents', 'checkpoints', 'save_checkpoint', 'cause', 'restore', 'resume', 'read_log', 'plot_log',
+           'reporters', 'flops_per_image', 'memory_mb', 'finish', 'draw', 'pick_device', 'same_run', 'same_data',
+           'train', 'taken_up', 'held_signals', 'measured', 'trouble', 'loop', 'cli', 'Help', 'Parser', 'parse', 'main']
 
 # %% ../nbs/07_train.ipynb #t002
 import argparse
@@ -38,12 +38,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from .data import generator, make_grid, places, progress, to_float
+from .captions import examples, open_captioned
 from .dct import frequency_loss
 from .dit import DiT
 from .files import batches, open_data
 from .flow import flow_loss, interpolate, logit_normal, velocity
 from .model import SIZES, build, create, fill, load, load_official, model_args, read_json, sample_images, save, write_atomic
 from .repa import Projector, encoder, repa_loss
+from .text import TextEncoder
 
 # %% ../nbs/07_train.ipynb #t007
 AT_LEAST_0, AT_LEAST_1 = (lambda v: 0 <= v < math.inf, "at least 0"), (lambda v: 1 <= v < math.inf, "at least 1")
@@ -64,6 +66,9 @@ class Config:
     flip: bool = setting(True, "data", "mirror half of the images, where the data allow it")
     workers: int = setting(0, "data", "processes that read images, per training process; 0: it reads them itself", AT_LEAST_0)
     max_bad: float = setting(0.01, "data", "share of unreadable images at which the run stops", SHARE)
+    text: str = setting("", "data", "learn from captions: their language model, 'minilm', a folder or a hub id; empty: classes")
+    text_length: int = setting(128, "data", "tokens of a caption that are used", AT_LEAST_1)
+    text_cache: int = setting(100_000, "data", "embeddings are kept, in memory and on disk, for data of at most so many images", AT_LEAST_0)
     model: str = setting("deco-toy", "model", f"one of {', '.join(SIZES)}", tuple(SIZES))
     recompute: str = setting("auto", "model", "computed again to save memory: as the model has it, nothing, norms and gates, blocks",
                              ("auto", "none", "cheap", "blocks"))
@@ -93,6 +98,7 @@ class Config:
     repa_weight: float = setting(0.5, "loss", "weight of the alignment (authors' code: 0.5)", AT_LEAST_0)
     guidance: float = setting(3.0, "pictures", "guidance of the sample grids", FINITE)
     steps: int = setting(20, "pictures", "Euler steps of the sample grids", AT_LEAST_1)
+    sample_shift: float = setting(1.0, "pictures", "time shift of the sample grids", ABOVE_0)
     sample_every: int = setting(12_800, "pictures", "images between sample grids", AT_LEAST_1)
     save_every: int = setting(12_800, "output", "images between checkpoints", AT_LEAST_1)
     keep: int = setting(2, "output", "checkpoints kept, the newest", AT_LEAST_1)
@@ -121,8 +127,20 @@ ROWS = {                                                       # label_drop: 0.1
     "deco-xl-512": ("deco-xl", 512, 20 * EPOCH,    0.2, 1.0),  # Table 2: FID 2.22, from the 320 epochs at 256 pixels
 }
 PRESETS = {"openmoji": {}, "cifar10": dict(data="cifar10", out="runs/cifar10", images=128_000)}
+TOLD = dict(text="minilm", text_length=32, flip=False)                      # small language model, no download
+PRESETS |= {"openmoji-text": TOLD | dict(out="runs/openmoji-text", images=256_000),
+            "scenes": TOLD | dict(data="scenes", out="runs/scenes", images=256_000)}
 PRESETS |= {name: PAPER | dict(zip(COLUMNS, row)) | dict(out=f"runs/{name}") for name, row in ROWS.items()}
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
+T2I = PAPER | dict(data="data/blip3o", text="Qwen/Qwen3-1.7B", text_length=128, model="deco-xxl", beta2=0.95, grad_clip=1.0, label_drop=0.1,
+                   repa_layer=6, guidance=4.0, sample_shift=3.0)            # what the authors' configurations share (16_text has the differences)
+STAGES = {                                                                  # paper B.4; learning rates and shifts: the configurations
+    "t2i-256":     dict(size=256, images=200_000 * 1536, batch_size=1536, lr=2e-4, shift=2.0),
+    "t2i-512":     dict(size=512, images=80_000 * 512, batch_size=512, lr=1e-4, shift=4.0, init="runs/t2i-256"),
+    "t2i-sft-512": dict(size=512, images=40_000 * 512, batch_size=512, lr=1e-5, shift=4.0, init="runs/t2i-512", beta2=0.999,
+                        data="data/blip3o-60k"),
+}
+PRESETS |= {name: T2I | stage | dict(out=f"runs/{name}") for name, stage in STAGES.items()}
 SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, sample_every=32, save_every=32, log_every=1, steps=2,
              init="", repa_layer=1, device="cpu")
 
@@ -131,6 +149,7 @@ def resolved(preset: str, smoke: bool = False) -> dict:
     changed = PRESETS[preset]
     if not smoke: return changed
     tiny = dict(model="dit-tiny" if changed.get("model", "").startswith("dit") else "deco-tiny", out=f"runs/smoke-{preset}")
+    if changed.get("text"): tiny["text"] = "minilm"
     return changed | SMOKE | tiny | ({} if changed.get("repa", "none") == "none" else dict(repa="efficientnet-lite0"))
 
 # %% ../nbs/07_train.ipynb #t013
@@ -173,15 +192,15 @@ def draws(cfg: Config, first: int, shape: tuple[int, ...], device: str) -> tuple
     return noise, logit_normal(normal, cfg.t_mean, cfg.t_std, cfg.shift), coin
 
 # %% ../nbs/07_train.ipynb #t021
-def losses(objective: Callable, pixels: Tensor, labels: Tensor, cfg: Config, first: int, num_classes: int,
+def losses(objective: Callable, pixels: Tensor, y: Tensor, cfg: Config, first: int, null: int | Tensor,
            teacher: Callable | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """The parts of the loss on images number first, first + 1, ...: uint8 pixels (B, 3, S, S), labels (B,). Paper Eq. 6.
+    """The parts of the loss on images number first, first + 1, ...: uint8 pixels (B, 3, S, S), labels or prompts y (B, ...). Paper Eq. 6.
 
-    num_classes is the label "none"; teacher gives the features (B, N, F) that REPA aligns to. Also, for the log, the squared
+    null is the y that says nothing, of one image; teacher gives the features (B, N, F) that REPA aligns to. Also, for the log, the squared
     error of each image's velocity and its time: (2, B). All on the device of pixels.
     """
     noise, t, coin = draws(cfg, first, pixels.shape, pixels.device)
-    y = torch.where(coin < cfg.label_drop, num_classes, labels)
+    y = torch.where((coin < cfg.label_drop).view(-1, *[1] * (y.ndim - 1)), null, y)
     x = to_float(pixels)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         v, projected = objective(interpolate(x, noise, t), t, y)
@@ -271,8 +290,10 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.cfg, self.device, self.seen, self.step, self.bad = cfg, device, 0, 0, 0
         changes = model_args(cfg.model_args) | ({} if cfg.recompute == "auto" else dict(recompute=cfg.recompute))
-        model = create(cfg.model, **changes | dict(num_classes=num_classes))
-        model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), torch.zeros(1, dtype=torch.long))      # does the size fit?
+        self.encoder = TextEncoder(cfg.text, cfg.text_length, device) if cfg.text else None
+        told = dict(text_width=self.encoder.features, text_length=cfg.text_length) if cfg.text else dict(num_classes=num_classes)
+        model = create(cfg.model, **changes | told)
+        model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), model.blank(1))                        # does the size fit?
         if cfg.init: started_from(cfg.init, model)
         self.teacher, projector = None, None
         if cfg.repa != "none":
@@ -289,6 +310,22 @@ class Run:
         for p in weights:                                                       # from the start, so that a checkpoint can be read into them
             step, first, second = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
             self.optimizer.state[p] = dict(step=step, exp_avg=first, exp_avg_sq=second)
+        self.rows, self.null = cfg.text_length, model.num_classes               # embeddings of a prompt; the y that says nothing
+
+    def prepare(self, data) -> None:
+        "With text, before the first step: embed the captions of the data, unless there are too many, and choose some for the grids."
+        if not self.encoder: return
+        captions = data.captions if len(data) <= self.cfg.text_cache else []
+        by_first(lambda: self.encoder.remember(captions, Path(self.cfg.data_root)))
+        self.encoder.remember(captions, Path(self.cfg.data_root))                # what the first process has made, all have
+        self.rows = max(map(len, self.encoder.known.values())) if captions else self.rows
+        self.null = self.conditions([""])[0]
+        self.shown = examples(data, 64)
+
+    def conditions(self, said: Tensor | list[str]) -> Tensor:
+        "What the model is told of images, on its device: labels (B,) as they are, of captions the embeddings (B, L, E)."
+        y = self.encoder(said, self.rows) if self.encoder else torch.as_tensor(said)
+        return y.to(self.device, non_blocking=True)
 
     def tensors(self) -> dict[str, Tensor]:
         "Everything that a checkpoint holds, by name: weights, averages, the optimizer's moments. Under FSDP, this process's shares."
@@ -316,18 +353,18 @@ def weighted(parts: dict, cfg: Config):
     "The loss: the sum of its parts by their weights."
     return sum(getattr(cfg, f"{name}_weight") * parts[name] for name in parts)
 
-def gradients(run: Run, pixels: Tensor, labels: Tensor, first: int) -> tuple[dict[str, Tensor], Tensor]:
+def gradients(run: Run, pixels: Tensor, labels: Tensor | list[str], first: int) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients of a step on this process's images, number first, first + 1, ..., in passes of `micro_batch`.
 
     Returns the parts of the loss, their means over the passes, and each image's error and time (2, B).
     """
     size, total, details = run.cfg.micro_batch or len(pixels), {}, []
-    passes = len(pixels) // size
+    passes, y = len(pixels) // size, run.conditions(labels)
     run.optimizer.zero_grad()
-    for k, (x, y) in enumerate(zip(pixels.split(size), labels.split(size)), 1):
+    for k, (x, told) in enumerate(zip(pixels.split(size), y.split(size)), 1):
         with no_sync(run.module, last=k == passes):
-            x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
-            parts, detail = losses(run.module, x, y, run.cfg, first + (k - 1) * size, run.model.num_classes, run.teacher)
+            x = x.to(run.device, non_blocking=True)
+            parts, detail = losses(run.module, x, told, run.cfg, first + (k - 1) * size, run.null, run.teacher)
             (weighted(parts, run.cfg) / passes).backward()
         for name, value in parts.items(): total[name] = total.get(name, 0.0) + value.detach() / passes
         details.append(detail)
@@ -345,7 +382,7 @@ def shared(parts: dict[str, Tensor], detail: Tensor, stop: bool) -> tuple[dict[s
     return dict(zip(parts, numbers)), [round(s / n, 4) if n else None for s, n in zip(sums, counts)], numbers[-1] > 0
 
 # %% ../nbs/07_train.ipynb #t042
-def update(run: Run, pixels: Tensor, labels: Tensor, first: int, stop: bool = False) -> tuple[dict, bool]:
+def update(run: Run, pixels: Tensor, labels: Tensor | list[str], first: int, stop: bool = False) -> tuple[dict, bool]:
     """One optimizer step on this process's images, number first, first + 1, ...: what to log, and whether any was asked to stop.
 
     A step whose loss or gradient is not finite is not taken, and counted in `run.bad`.
@@ -486,7 +523,7 @@ def flops_per_image(model: DiT, size: int) -> int:
     "FLOPs of a training step per image, counted by torch: a forward pass, and a backward pass of twice that."
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build(model.config)(torch.empty(1, 3, size, size), torch.empty(1), torch.zeros(1, dtype=torch.long))
+        build(model.config)(torch.empty(1, 3, size, size), torch.empty(1), model.blank(1))
     return 3 * counter.get_total_flops()
 
 def memory_mb(device: str) -> int:
@@ -512,8 +549,10 @@ def draw(run: Run, folder: Path) -> None:
     "A grid of 64 samples of the first average, from the same noise each time: samples.png, and one kept. Called by every process."
     model, cfg = run.average(run.cfg.ema_decay[0]), run.cfg
     def picture():
-        labels = [i % model.num_classes for i in range(64)]
-        images = sample_images(model.to(run.device), labels, cfg.size, seed=cfg.seed, steps=cfg.steps, guidance=cfg.guidance)
+        how = dict(seed=cfg.seed, steps=cfg.steps, guidance=cfg.guidance, shift=cfg.sample_shift)
+        labels = range(64) if run.encoder else [i % model.num_classes for i in range(64)]
+        if run.encoder: how |= dict(told=run.conditions(run.shown), null=run.null)
+        images = sample_images(model.to(run.device), labels, cfg.size, **how)
         grid = make_grid(images, scale=max(1, 64 // cfg.size))
         (folder / "grids").mkdir(exist_ok=True)
         for name in ("samples.png", f"grids/{run.seen:09d}.png"): write_atomic(folder / name, lambda p: grid.save(p, "PNG"))
@@ -529,8 +568,8 @@ def pick_device(name: str) -> str:
         raise ValueError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}): use --device auto") from None
     return name
 
-FREE = ("images", "data_root", "workers", "max_bad", "micro_batch", "recompute", "max_bad_steps", "guidance", "steps", "sample_every",
-        "save_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "out", "device", "parallel", "compile")
+FREE = ("images", "data_root", "workers", "max_bad", "micro_batch", "recompute", "max_bad_steps", "guidance", "steps", "sample_shift",
+        "sample_every", "text_cache", "save_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "out", "device", "parallel", "compile")
 
 def same_run(folder: Path, cfg: Config) -> None:
     "ValueError where the folder holds a run made with other settings than these (those of FREE may change)."
@@ -562,16 +601,19 @@ def train(cfg: Config) -> Path:
 def taken_up(cfg: Config, folder: Path, device: str) -> Path:
     "The run of `cfg` from where it stands to its end."
     by_first(lambda: same_run(folder, cfg))
-    opened = lambda: open_data(cfg.data, cfg.size, cfg.data_root, cfg.flip, cfg.max_bad)
+    opened = lambda: (open_captioned if cfg.text else open_data)(cfg.data, cfg.size, cfg.data_root, cfg.flip, cfg.max_bad)
     if place()[1] > 1: by_first(lambda: opened() and None)                                  # makes what is cached; then all read it
     data = opened()
     by_first(lambda: same_data(folder, data))
     run = Run(cfg, len(data.classes), device)
     by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     resume(run, folder)
+    run.prepare(data)
     count, say = sum(p.numel() for p in run.model.parameters()), print if place()[0] == 0 else lambda *args, **kw: None
     say(f"{cfg.model}: {count:,} parameters on {device}" + f", {place()[1]} processes, {cfg.parallel}" * (place()[1] > 1) +
-        f"; {len(data):,} images in {len(data.classes)} classes; REPA {cfg.repa if run.teacher else 'off'}")
+        f"; {len(data):,} images " + (f"with captions for {cfg.text}" if cfg.text else f"in {len(data.classes)} classes") +
+        f"; REPA {cfg.repa if run.teacher else 'off'}")
+    if cfg.text: say("captions embedded so far: " + ", ".join(f"{n:,} {what}" for what, n in run.encoder.counts.items()))
     if run.seen >= cfg.images: say(f"{folder} is done: {run.seen:,} images seen. For more: --images {2 * run.seen}")
     else: loop(run, data, folder, say)
     return folder
@@ -620,6 +662,7 @@ def loop(run: Run, data, folder: Path, say: Callable) -> None:
     reports, flops = reporters(cfg, folder) if rank == 0 else [], flops_per_image(run.model, cfg.size)
     counts = torch.bincount(data.labels, minlength=len(data.classes)).tolist()
     info = dict(train=asdict(cfg), classes=data.classes, class_counts=counts, size=cfg.size)
+    if run.encoder: info |= dict(text=dict(name=cfg.text, length=cfg.text_length), prompts=run.shown)
     if run.seen: say(f"resuming after {run.seen:,} images")
     say(f"sample grid: {folder / 'samples.png'}, drawn anew every {cfg.sample_every:,} images", flush=True)
     pin, steps, row = run.device.startswith("cuda"), range(run.seen, cfg.images, cfg.batch_size), {}
@@ -635,6 +678,7 @@ def loop(run: Run, data, folder: Path, say: Callable) -> None:
             due, done = lambda every: run.seen // every > seen // every, run.seen >= cfg.images
             if stop or done or due(cfg.log_every * cfg.batch_size):
                 row["speed"] = measured(run, clock, flops)
+                if run.encoder: row["captions"] = dict(run.encoder.counts)
                 for report in reports: report(row)
             if stop or done or due(cfg.save_every):
                 save_checkpoint(run, folder)
@@ -702,6 +746,7 @@ def main(argv: list[str] | None = None) -> None:
     if place()[0]: return
     made = ("samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl")
     print("made:", *(f"  {folder / name}" for name in made), sep="\n")
-    print(f"next:\n  python -m deco.sample {folder} --classes 0,1,2,3 --seed 1 --out grid.png\n  python -m deco.train --help")
+    what = "--prompt 'red heart'" if cfg.text else "--classes 0,1,2,3"
+    print(f"next:\n  python -m deco.sample {folder} {what} --seed 1 --out grid.png\n  python -m deco.train --help")
 
 if __name__ == "__main__" and "__file__" in globals(): cli(main)

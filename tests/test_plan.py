@@ -63,7 +63,7 @@ def test_activations(name, size, precision):
             model = create(name, recompute=mode)
             found = kept(model, 2, "cpu") - kept(model, 1, "cpu")
         else:
-            flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+            flash = lambda q, k, v, attn_mask=None: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
             with FakeTensorMode(), patch("torch.nn.functional.scaled_dot_product_attention", flash):
                 try:
                     torch.set_autocast_enabled("cuda", True)

@@ -1,0 +1,148 @@
+"Captions of every kind, good and bad, in tars, folders and parquet files."
+import io
+import json
+import tarfile
+import pytest
+import torch
+from PIL import Image
+import deco.captions as captions
+from conftest import run
+from deco import train as training
+from deco.captions import Captioned, caption, examples, open_captioned
+from deco.files import batches
+
+GOOD = {"a.jpg": "red", "b.png": "green", "c.webp": "blue"}
+BAD = {"no caption": None, "not UTF-8": b"\xff\xfe\xfa", "not JSON": b"{oops", "without a caption": b'{"label": 3}', "more than 1 MB": b"x" * (2**20 + 1)}
+
+
+def picture(colour: str, kind: str = "jpeg") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 24), colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shard(path, content: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(kind: str) -> dict[str, bytes]:
+    "Three pictures, each with a caption of this kind."
+    out = {}
+    for name, colour in GOOD.items():
+        text = f"a {colour} picture"
+        out |= {name: picture(colour, name[2:].replace("jpg", "jpeg")), f"{name[0]}.{kind}": text.encode() if kind == "txt" else json.dumps({"caption": text}).encode()}
+    return out
+
+
+def check(data):
+    pixels, said = data.take(torch.arange(len(data)))
+    assert sorted(said) == ["a blue picture", "a green picture", "a red picture"]
+    main = {"red": 0, "green": 1, "blue": 2}
+    for image, text in zip(pixels, said): assert image.float().mean((1, 2)).argmax() == main[text.split()[1]]      # each has its own
+
+
+@pytest.mark.parametrize("kind", ["txt", "json"])
+def test_shards(kind, tmp_path):
+    check(open_captioned(shard(tmp_path / "x.tar", samples(kind)), 16, tmp_path / "cache"))
+
+
+def test_txt_goes_before_json(tmp_path):
+    both = samples("json") | {k: v for k, v in samples("txt").items() if k.endswith("txt")}
+    both["a.json"] = b'{"caption": "something else"}'
+    check(open_captioned(shard(tmp_path / "x.tar", both), 16, tmp_path))
+
+
+def test_folders(tmp_path):
+    for name, data in samples("txt").items():
+        (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / ("sub" if name[0] == "a" else ".") / name).write_bytes(data)
+    check(open_captioned(tmp_path / "photos", 16, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet(as_struct, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures = [picture(c) for c in GOOD.values()]
+    table = pa.table(dict(image=[dict(bytes=p, path="x.jpg") for p in pictures] if as_struct else pictures,
+                          text=[f"a {c} picture" for c in GOOD.values()]))
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "0.parquet")
+    for source in (tmp_path / "set", tmp_path / "set" / "0.parquet", tmp_path / "set" / "*.parquet"): check(open_captioned(source, 16, tmp_path / "cache"))
+    pq.write_table(pa.table(dict(pixels=[1])), tmp_path / "other.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    for name, said in (("other", "has the columns pixels"), ("broken", "no parquet file")):
+        with pytest.raises(ValueError, match=said): open_captioned(tmp_path / f"{name}.parquet", 16, tmp_path / "cache")
+    pq.write_table(pa.table(dict(image=[pictures[0], None, pictures[2]], text=["a red picture", "nothing", None])), tmp_path / "holes.parquet")
+    data = open_captioned(tmp_path / "holes.parquet", 16, tmp_path / "cache", max_bad=1.0)
+    assert len(data) == 2 and data.take(torch.arange(2))[1] == ["a red picture"] * 2 and "no caption" in str(data.bad)
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_captions_are_replaced_and_counted(what, tmp_path, caplog):
+    content, kind = samples("txt") | {"d.jpg": picture("red")}, "json" if "JSON" in what or "without" in what else "txt"
+    if BAD[what] is not None: content[f"d.{kind}"] = BAD[what]
+    data = open_captioned(shard(tmp_path / "x.tar", content), 16, tmp_path, max_bad=0.5)
+    said = data.take(torch.arange(4))[1]
+    assert said[3] == said[0] and len(data.bad) == 1 and what in str(data.bad) and "d.jpg" in caplog.text
+    with pytest.raises(ValueError, match=r"bad pictures: 1, .*d.jpg"): open_captioned(tmp_path / "x.tar", 16, tmp_path, max_bad=0.1).take(torch.arange(4))
+    assert len(list(data.captions)) == 3
+
+
+def test_lines_and_letters():
+    assert caption("\ufeff a red\r\n\theart\u0000 ".encode()) == "a red heart"
+    assert caption("红色的心 ♥".encode()) == "红色的心 ♥" and caption(b"") == "" == caption(b'{"caption": ""}', "json")
+    for deep in (b"[" * 100_000, b'{"caption": 3}', b"[]", b"null"):
+        with pytest.raises(ValueError): caption(deep, "json")
+
+
+def test_damaged_shards(tmp_path, caplog):
+    "A shard that is cut gives the samples that are whole; one that is none is an error that names it."
+    path = shard(tmp_path / "x.tar", samples("txt"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:whole.index(b"a blue picture")])
+    data = open_captioned(path, 16, tmp_path, max_bad=1.0)
+    assert set(data.take(torch.arange(len(data)))[1]) <= {"a red picture", "a green picture"}
+    (tmp_path / "y.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(FileNotFoundError, match="y.tar"): open_captioned(tmp_path / "y.tar", 16, tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"): open_captioned(tmp_path / "nowhere.tar", 16, tmp_path)
+
+
+def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
+    for s in range(3): shard(tmp_path / f"{s}.tar", {f"{s}{k}.{kind}": data for k in range(4) for kind, data in (("jpg", picture("red")), ("txt", f"{s}{k}".encode()))})
+    data = open_captioned(str(tmp_path / "{0..2}.tar"), 8, tmp_path)
+    ways = {}
+    for workers in (0, 2):
+        parts = [[said for _, _, said, _ in batches(data, 0, 0, 24, 6, 3 * rank, 3, workers)] for rank in (0, 1)]
+        ways[workers] = [a + b for a, b in zip(*parts)]
+    assert ways[0] == ways[2]
+    for epoch in (ways[0][:2], ways[0][2:]): assert sorted(sum(epoch, [])) == sorted(f"{s}{k}" for s in range(3) for k in range(4))
+
+
+def test_what_is_found_is_kept_in_a_file(tmp_path, monkeypatch):
+    path, cache = shard(tmp_path / "x.tar", samples("txt")), tmp_path / "cache"
+    open_captioned(path, 16, cache)
+    monkeypatch.setattr(captions, "texts", lambda shard: pytest.fail("read again"))
+    check(open_captioned(path, 16, cache))
+
+
+def test_examples(tmp_path):
+    content = samples("txt") | {"d.jpg": picture("red")}
+    data = Captioned(shard(tmp_path / "x.tar", content), 16, tmp_path)
+    assert set(examples(data, 8)) == {"a red picture", "a green picture", "a blue picture"} and len(examples(data, 8)) == 8
+
+
+def test_a_run_on_shards(tmp_path):
+    "From tars with an empty and a missing caption to a run that says what it met, and goes on from where it was."
+    content = {f"{k}.{kind}": data for k in range(8) for kind, data in (("jpg", picture("red")), ("txt", b"" if k == 3 else f"red number {k}".encode()))}
+    shard(tmp_path / "x.tar", content | {"9.jpg": picture("blue")})
+    command = ["--smoke", "--text", "minilm", "--data", tmp_path / "x.tar", "--data-root", tmp_path / "data", "--max-bad", 0.5, "--out", tmp_path / "run"]
+    assert run(training, *command, "--workers", 2) == ""
+    assert run(training, *command, "--images", 96, "--text-cache", 0) == ""
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert row["images"] == 96 and row["captions"]["empty"] >= 1
+    assert "no caption" in run(training, *command[:-3], "0.01", "--out", tmp_path / "strict")

@@ -1,0 +1,217 @@
+"Prompts: the authors' text-to-image model, language models, and that neither padding nor an earlier call is heard."
+import json
+import subprocess
+import sys
+from pathlib import Path
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+import deco
+from conftest import run
+from deco import sample as sampling
+from deco import train as training
+from deco.dit import rope_table
+from deco.flow import sample
+from deco.model import COLUMNS, SIZES
+from deco.plan import activations, flops
+from deco.text import TextEncoder
+from deco.train import PRESETS, Config, flops_per_image
+
+f = load_file(Path(__file__).parent / "golden" / "t2i.safetensors")
+state = {k[6:]: v for k, v in f.items() if k.startswith("state.")}
+
+
+@pytest.fixture(scope="module")
+def minilm(): return TextEncoder("minilm", 16)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    "A finished small run that learned from captions."
+    out, data = tmp_path_factory.mktemp("told") / "run", tmp_path_factory.mktemp("data")
+    assert run(training, "--preset", "openmoji-text", "--smoke", "--data-root", data, "--out", out) == ""
+    return out
+
+
+# --- the model
+
+def test_velocity():
+    model = deco.load_official(state)
+    assert model.config["official_text"] and model.config["text_length"] == 12 and model.config["mlp_ratio"] == 6
+    for i in range(2):
+        with torch.no_grad(): assert (model(f[f"x{i}"], f[f"t{i}"], f[f"text{i}"]) - f[f"v{i}"]).abs().max() < 1e-4
+
+
+def test_official_folder(tmp_path):
+    "Saved and loaded again, the same velocities: the quirks are part of the configuration."
+    model = deco.load_official(state)
+    deco.save(tmp_path, model)
+    with torch.no_grad(): assert torch.equal(deco.load(tmp_path)[0](f["x0"], f["t0"], f["text0"]), model(f["x0"], f["t0"], f["text0"]))
+
+
+def test_count():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in deco.create("deco-xxl", text_width=2048, text_length=128).parameters()) == 1_133_759_395
+
+
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
+def test_padding_is_not_heard(name):
+    model = deco.create(name, text_width=24, text_length=12, text_depth=1)
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+    x, t, y = torch.randn(3, 3, 16, 24), torch.rand(3), torch.randn(3, 4, 24)
+    y[1, 2:], y[2] = 0, 0                                                    # two tokens, and none
+    with torch.no_grad():
+        v = model(x, t, y)
+        assert torch.isfinite(v).all()
+        for n in (5, 12): assert torch.allclose(model(x, t, F.pad(y, (0, 0, 0, n - 4))), v, atol=1e-5)
+        assert torch.allclose(model(x[1:2], t[1:2], y[1:2, :2]), v[1:2], atol=1e-5)
+        assert not torch.allclose(model(x, t, y.roll(1, 0)), v, atol=1e-3)   # but the words are
+
+
+def test_places():
+    "A step right is a step, whatever the picture's sides; theirs is squeezed where it is not square."
+    cos = rope_table((2, 9), 4, extent=(2, 9))[0].view(2, 9, 4)
+    assert torch.allclose(cos[0, :, 0], torch.cos(torch.linspace(0, 9, 9)))
+    ours, theirs = (deco.create("deco-tiny", text_width=8, official_text=flag).rope((2, 9), "cpu")[0] for flag in (False, True))
+    assert torch.equal(ours.view(2, 9, -1)[0, :, 0], torch.cos(torch.linspace(0, 9, 9)))
+    assert torch.equal(theirs.view(2, 9, -1)[0, :, 0], torch.cos(torch.linspace(0, 2, 9)))
+
+
+def test_conditions_of_the_wrong_kind():
+    of_text, of_classes = deco.create("deco-tiny", text_width=8), deco.create("deco-tiny", num_classes=3)
+    x, t = torch.zeros(1, 3, 16, 16), torch.zeros(1)
+    with pytest.raises(ValueError, match="embeddings must be"): of_text(x, t, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="not conditioned on text"): of_classes(x, t, torch.zeros(1, 2, 8))
+    with pytest.raises(ValueError, match="null"): sample(of_text, x, torch.zeros(1, 2, 8), guidance=2.0)
+
+
+def test_recompute_gives_the_same_gradients():
+    grads = []
+    for how in ("none", "cheap", "blocks"):
+        torch.manual_seed(0)
+        model = deco.create("deco-tiny", text_width=8, text_depth=1, recompute=how)
+        for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 8, generator=g)
+        model(x, torch.tensor([0.2, 0.8]), y).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for other in grads[1:]: assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads[0], other))
+
+
+def test_plan_counts_the_same_flops():
+    config = deco.create("deco-tiny", text_width=384, text_length=32, text_depth=2).config
+    assert abs(3 * sum(flops(config, 32).values()) / flops_per_image(deco.model.build(config), 32) - 1) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap", "blocks"])
+@pytest.mark.parametrize("name", ["deco-tiny", "dit-toy"])
+def test_plan_counts_what_is_kept(name, mode):
+    "Per image: what a second image adds to the storages that autograd keeps."
+    text = dict(text_width=384, text_length=24, text_depth=2, recompute=mode)
+    def kept(model, n):
+        own, seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, {}
+        def pack(t):
+            if (key := t.untyped_storage()._cdata) not in own: seen[key] = t
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model(torch.randn(n, 3, 32, 48), torch.rand(n), torch.randn(n, 24, 384))
+        return sum(t.untyped_storage().nbytes() for t in seen.values())
+    model = deco.create(name, **text)
+    parts, _ = activations(dict(zip(COLUMNS, SIZES[name])) | text, (32, 48))
+    assert sum(parts.values()) - parts["loss"] == pytest.approx(kept(model, 2) - kept(model, 1), rel=0.05)
+
+
+# --- language models
+
+def test_right_padding_and_one_at_a_time(minilm):
+    prompts = ["red heart", "a much longer sentence about a blue square", "", "🦊"]
+    y = minilm(prompts)
+    for row, prompt in zip(y, prompts):
+        alone = minilm(prompt)[0]
+        assert torch.allclose(row[:len(alone)], alone, atol=2e-3) and not row[len(alone):].any()
+
+
+def test_counts():
+    encoder = TextEncoder("minilm", 8)
+    encoder(["", "a b c d e f g h i", "short", "红色的心"])
+    assert encoder.counts == {"prompts": 4, "empty": 1, "cut": 1, "with unknown letters": 1}
+
+
+def test_nothing_is_kept_between_calls(minilm):
+    model = deco.create("deco-tiny", text_width=384, text_length=16, text_depth=1)
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+    ask = lambda **how: deco.sample_prompts(model, minilm, "red heart", (16, 32), steps=2, guidance=3.0, **how)
+    plain, negative, again = ask(), ask(negative="blue"), ask()
+    assert plain.shape == (1, 3, 16, 32) and torch.equal(plain, again) and not torch.equal(plain, negative)
+
+
+def test_embeddings_on_disk(tmp_path):
+    "The file is of the model, the length and the prompts; what it gives is what the model gives."
+    prompts, a, b = ["red heart", "sun"], TextEncoder("minilm", 16), TextEncoder("minilm", 16)
+    a.remember(prompts, tmp_path)
+    b.encode = lambda new, real=b.encode: real(new) if new == ["a photo"] else pytest.fail("asked again")
+    b.remember(prompts, tmp_path)
+    assert torch.equal(a(prompts), b(prompts)) and a.counts == b.counts
+    assert torch.allclose(a(prompts), TextEncoder("minilm", 16)(prompts), atol=2e-3)
+    TextEncoder("minilm", 12).remember(prompts, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_missing_language_models(tmp_path, monkeypatch):
+    for name in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no language model"): TextEncoder(str(name))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'deco-diffusion\[text\]'"): TextEncoder("minilm")
+
+
+# --- training and sampling
+
+def test_null_is_the_empty_prompt(tmp_path):
+    cfg = Config(model="deco-tiny", text="minilm", data_root=str(tmp_path), label_drop=1.0)
+    a, b = (training.Run(cfg, 0, "cpu") for _ in range(2))
+    data = deco.captions.open_captioned("openmoji", 16, tmp_path)
+    for r in (a, b): r.prepare(data)
+    pixels = data.pixels[:32]
+    rows = [r.prepare(data) or training.update(r, pixels, said, 0)[0]["mse"] for r, said in ((a, data.captions[:32]), (b, [""] * 32))]
+    assert rows[0] == rows[1]                                                # with every caption dropped, no caption is heard
+
+
+def test_a_run(told):
+    info = json.loads((told / "config.json").read_text())
+    assert info["text"] == dict(name="minilm", length=32) and len(info["prompts"]) == 64
+    assert json.loads((told / "log.jsonl").read_text().splitlines()[-1])["captions"]["prompts"] > 2000
+    assert "is done" in subprocess.run([sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--out", told,
+                                        "--data-root", info["train"]["data_root"]], capture_output=True, text=True).stdout
+    assert "--text minilm (now )" in run(training, "--preset", "openmoji", "--smoke", "--out", told)
+
+
+def test_two_processes_learn_the_same(tmp_path):
+    "Under torchrun, with the same images, the same losses as alone."
+    command = ["-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--data-root", tmp_path]
+    losses = {}
+    for n in (1, 2):
+        how = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run([*how, *command, "--out", tmp_path / str(n)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[n] = [json.loads(line)["loss"] for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_drawing(told, tmp_path):
+    draw = lambda out, *flags: run(sampling, told, "--num-images", 4, "--steps", 2, "--out", tmp_path / out, *flags)
+    assert draw("a.png", "--prompt", "red heart", "sun") == ""
+    assert draw("b", "--prompt", "red heart", "--negative", "blue") == ""
+    assert json.loads((tmp_path / "b" / "samples.json").read_text())["negative"] == "blue"
+    assert "negative blue (now )" in draw("b", "--prompt", "red heart")
+    assert "--classes" in draw("c.png", "--classes", "0")
+    of_classes = tmp_path / "classes"
+    deco.save(of_classes, deco.create("deco-tiny", num_classes=3), dict(size=16))
+    assert "--prompt" in run(sampling, of_classes, "--prompt", "x", "--out", tmp_path / "d.png")
+
+
+@pytest.mark.parametrize("name", ["t2i-256", "t2i-512", "t2i-sft-512"])
+def test_the_papers_presets(name, tmp_path):
+    p = PRESETS[name]
+    assert p["model"] == "deco-xxl" and p["sample_shift"] == 3 and p["grad_clip"] == 1
+    assert (p["shift"], p["lr"], p["beta2"]) == {"t2i-256": (2, 2e-4, 0.95), "t2i-512": (4, 1e-4, 0.95), "t2i-sft-512": (4, 1e-5, 0.999)}[name]
+    if name != "t2i-256": assert run(training, "--preset", name, "--smoke", "--out", tmp_path / "run", "--data-root", tmp_path) == ""
