@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
-from deco.data import generator, to_tensor
+from conftest import run
+from deco.data import generator, to_float, to_tensor
 import deco.scenes as module
 from deco.scenes import COLOURS, HELD_OUT_PAIRS, HELD_OUT_POSITIONS, SHAPES, TASKS
 from deco.scenes import chance, draw, found, illustration, prompts, scene, score, wanted
@@ -259,3 +260,25 @@ def test_speed():
     "3 ms an image at 32 pixels, with as much again for a slow machine."
     pictures = [(draw(s, 32), s.caption) for task in TASKS for s in some(task, 10)]
     assert min(repeat(lambda: [score(*p) for p in pictures], number=1, repeat=3)) / len(pictures) < 0.006
+
+
+def test_benchmark_of_one_who_can_draw(monkeypatch):
+    "A model that draws what it is told has all right; one that draws what it is told next has next to nothing right."
+    import deco.text
+    truth = lambda model, encoder, asked, size, **how: torch.stack([to_float(draw(illustration(c, generator("scene", 5, i, c)), size)) for i, c in enumerate(asked)])
+    monkeypatch.setattr(deco.text, "sample_prompts", truth)
+    for held_out in (False, True):
+        rows = module.benchmark(None, None, 30, held_out)
+        assert {r["task"] for r in rows} == set(prompts(held_out)) and all(r["caption"] in prompts(held_out)[r["task"]] for r in rows)
+        assert min(module.shares(rows).values()) > 0.99
+    assert len({r["caption"] for r in module.benchmark(None, None, 40)}) == 4 + 12 + 12 + 20 + 40 + 40      # in turn, or spread out
+    monkeypatch.setattr(deco.text, "sample_prompts", lambda model, encoder, asked, size, **how: truth(0, 0, asked[1:] + asked[:1], size))
+    assert module.shares(module.benchmark(None, None, 40))["mean"] < 0.25
+
+
+def test_command(tmp_path, capsys):
+    assert run(module, "scenes-toy", "--per-task", 2, "--steps", 2, "--guidance", 1, 3, "--out", tmp_path / "s.json", "--device", "cpu") == ""
+    said = capsys.readouterr().out
+    assert said.count("never seen") == 2 and "color_attr" in said and (tmp_path / "s.json").exists()
+    assert "knows classes" in run(module, "openmoji-toy", "--device", "cpu")
+    assert "--per-task" in run(module, "scenes-toy", "--per-task", 0)

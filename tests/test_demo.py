@@ -1,0 +1,107 @@
+"The page in a browser: a headless Chromium opens it, types, draws, and asks for what can't be drawn."
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+import pytest
+from conftest import run
+from deco import demo
+
+gradio = pytest.importorskip("gradio")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def address():
+    "The page of the model that comes with deco, served by the command."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    server = subprocess.Popen([sys.executable, "-m", "deco.demo", "scenes-toy", "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    try:
+        for _ in range(240):
+            if server.poll() is not None: pytest.fail(server.stdout.read().decode())
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0: break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM: pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport=dict(width=1200, height=1000))
+        page.goto(address)
+        page.get_by_role("button", name="Draw").wait_for(timeout=60_000)
+        yield page
+        browser.close()
+
+
+def fill(page, **fields):
+    for label, value in fields.items(): page.get_by_label(label.replace("_", " "), exact=True).first.fill(str(value))
+
+
+def drawn(page) -> bytes:
+    "The picture's bytes, once it is another than before."
+    image = page.locator("img[src*='/file=']").first
+    before = image.get_attribute("src") if image.count() else None
+    page.get_by_role("button", name="Draw").click()
+    page.wait_for_function("before => { const i = document.querySelector(\"img[src*='/file=']\"); return i && i.src != before }", arg=before, timeout=60_000)
+    return page.request.get(image.get_attribute("src")).body()
+
+
+def complaint(page) -> str:
+    page.get_by_role("button", name="Draw").click()
+    toast = page.locator(".toast-body").last
+    toast.wait_for(timeout=30_000)
+    text = toast.inner_text()
+    page.locator(".toast-close").last.click()
+    toast.wait_for(state="detached", timeout=30_000)
+    return text
+
+
+def test_draws_and_hears_the_seed(page):
+    fill(page, prompt="a photo of a red circle and a blue square", seed=3, steps=12)
+    first = drawn(page)
+    fill(page, seed=4)
+    second = drawn(page)
+    fill(page, seed=3)
+    third = drawn(page)
+    assert first[:4] in (b"\x89PNG", b"RIFF") and first == third != second
+    lines = page.locator(".cm-content").first.inner_text()
+    assert "deco.sample_prompts" in lines and "seed=3" in lines and "a red circle and a blue square" in lines
+    assert page.locator("text=spectrum").count() >= 1
+    picture = Path(os.environ.get("DECO_SCREENSHOT", "/nowhere")).with_suffix(".png")
+    if picture.parent.is_dir(): page.screenshot(path=str(picture))              # for 20_demo: DECO_SCREENSHOT=nbs/images/demo
+
+
+@pytest.mark.parametrize("fields, said", [(dict(prompt=" "), "prompt is empty"), (dict(prompt="x" * 10_000), "10,000 characters"), (dict(steps=0), "at least 1"),
+                                          (dict(width=33), "multiple of patch_size"), (dict(height=4096), "too large"), (dict(negative_prompt="y" * 3000), "negative prompt has 3,000")])
+def test_complaints_stand_on_the_page(page, fields, said):
+    usual = dict(prompt="a photo of a circle", negative_prompt="", steps=4, width=32, height=32)
+    fill(page, **usual | fields)
+    assert said in complaint(page)
+    fill(page, **usual, seed=len(said))                                         # another for each, so that it is another picture
+    assert drawn(page)                                                          # and then it goes on
+
+
+def test_the_command():
+    assert "nowhere" in run(demo, "nowhere/at-all", "--device", "cpu")
+    assert "--device" in run(demo, "scenes-toy", "--device", "abacus")
+
+
+def test_it_listens_on_this_machine_alone(address):
+    "Another address of this machine is refused: 127.0.0.2 is one on Linux."
+    if sys.platform != "linux": pytest.skip("needs 127.0.0.2")
+    with socket.socket() as s: assert s.connect_ex(("127.0.0.2", int(address.rpartition(":")[2]))) != 0
