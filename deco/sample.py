@@ -117,7 +117,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--columns", type=at_least(1), default=8, help="columns of the grid")
     add("--scale", type=at_least(1), default=2, help="each pixel of the grid is drawn SCALE x SCALE")
     add("--names", action=argparse.BooleanOptionalAction, default=True, help="class names in the grid")
-    return drawing_arguments(parser, 64)
+    drawing_arguments(parser, 64)
+    add("--size", type=at_least(1), nargs="+", metavar="PIXELS", default=argparse.SUPPRESS, help="a side, or height and width (the run's)")
+    return parser
 
 def at_least(low: int):
     "The type of a flag: a whole number that is not below `low`."
@@ -128,7 +130,7 @@ def at_least(low: int):
 
 def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1) -> argparse.ArgumentParser:
     "The flags that say which images are drawn, by default `num`, and how noise becomes one."
-    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="")
+    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="", size=None)
     none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: not in --help
     add("--num-images", type=at_least(least), default=num, help="how many (papers evaluate 50000)")
     add("--seed", type=at_least(0), default=0, help="seed of the noise")
@@ -170,6 +172,8 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     file, decay = pick_average(run, args.ema)
     model, info = load(run, file)
     if "size" not in info: raise ValueError(f'{run / "config.json"} names no image size: add "size": PIXELS to it')
+    if args.size: info["size"] = args.size[0] if len(args.size) == 1 else args.size
+    if args.size and len(args.size) > 2: raise ValueError(f"--size takes one number, or height and width, not {args.size}")
     info = {"classes": [str(i) for i in range(model.num_classes)]} | info
     text = read_prompts(args, model, info, device)
     chosen = pick_classes(args.classes, info["classes"]) if args.classes else list(range(len(info["classes"])))

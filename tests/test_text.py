@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 import deco
 from conftest import run
@@ -204,6 +205,9 @@ def test_drawing(told, tmp_path):
     assert json.loads((tmp_path / "b" / "samples.json").read_text())["negative"] == "blue"
     assert "negative blue (now )" in draw("b", "--prompt", "red heart")
     assert "--classes" in draw("c.png", "--classes", "0")
+    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == "" and Image.open(tmp_path / "wide" / "000000.png").size == (32, 16)
+    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == "" and "size" in draw("wide", "--prompt", "sun", "--size", 16)
+    assert "patch_size" in draw("d", "--size", 17) and "--size" in draw("d", "--size", 8, 8, 8)
     of_classes = tmp_path / "classes"
     deco.save(of_classes, deco.create("deco-tiny", num_classes=3), dict(size=16))
     assert "--prompt" in run(sampling, of_classes, "--prompt", "x", "--out", tmp_path / "d.png")
