@@ -86,6 +86,7 @@ class Published(ModelHubMixin, library_name="deco", tags=["pixel-diffusion", "fl
 
     def generate_model_card(self, **unused) -> ModelCard:
         data = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict(), license=self.info.get("license"))
+        if "text" in self.info: data.tags = ["text-to-image" if t == "class-conditional" else t for t in data.tags]
         return ModelCard(f"---\n{data.to_yaml()}\n---\n{card(self.model, self.info)}")
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub) -> str | None:

@@ -252,3 +252,12 @@ def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
     assert deco.sample_images(model, [0, 10], 32, steps=2).isfinite().all()
     (tmp_path / name).mkdir()
     with pytest.raises(FileNotFoundError, match="config.json"): deco.DeCo.from_pretrained(name)
+
+
+def test_a_model_of_prompts(tmp_path):
+    "Published and taken up again, it knows its language model; the card's code is about prompts."
+    model = deco.create("deco-tiny", text_width=384, text_length=16)
+    model.save_pretrained(tmp_path, dict(text=dict(name="minilm", length=16), prompts=["red heart", "sun"], size=16))
+    card, again = (tmp_path / "README.md").read_text(), deco.DeCo.from_pretrained(tmp_path)
+    assert "text-to-image" in card and "class-conditional" not in card and "sample_prompts" in card and "minilm" in card
+    assert deco.sample_prompts(again, deco.TextEncoder(**again.info["text"]), again.info["prompts"], 16, steps=1, guidance=2.0).shape == (2, 3, 16, 16)
