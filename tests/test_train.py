@@ -83,7 +83,7 @@ def test_interrupt_saves(number, photos, tmp_path):
 BAD = [(["--images", "0"], "--images"), (["--batch-size", "0"], "--batch-size"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"),
        (["--guidance", "nan"], "--guidance"), (["--steps", "0"], "--steps"), (["--freq-quality", "0"], "--freq-quality"),
        (["--label-drop", "2"], "--label-drop"), (["--ema-decay", "1"], "--ema-decay"), (["--seed", "-1"], "--seed"),
-       (["--size", "20"], "patch_size 8"), (["--size", "0"], "--size"), (["--preset", "nonsense"], "nonsense"), (["--model", "deco-xxl"], "deco-toy"),
+       (["--size", "20"], "patch_size 8"), (["--size", "0"], "--size"), (["--preset", "nonsense"], "nonsense"), (["--model", "deco-xxxl"], "deco-toy"),
        (["--speed", "9"], "--speed"), (["--batchsize", "9"], "did you mean --batch-size?"), (["--parallel", "tp"], "--parallel"),
        (["--micro-batch", "5"], "--micro-batch"), (["--repa", "dino"], "--repa"), (["--init", "/no/such/run"], "/no/such/run"),
        (["--repa", "efficientnet-lite0", "--repa-layer", "9"], "--repa-layer"), (["--data", "/no/such/folder"], "/no/such/folder"), (["--device", "cuda:99"], "--device"),
