@@ -291,7 +291,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.cfg, self.device, self.seen, self.step, self.bad = cfg, device, 0, 0, 0
         changes = model_args(cfg.model_args) | ({} if cfg.recompute == "auto" else dict(recompute=cfg.recompute))
-        self.encoder = TextEncoder(cfg.text, cfg.text_length, device) if cfg.text else None
+        self.encoder = TextEncoder(cfg.text, cfg.text_length, device, bool(changes.get("official_text"))) if cfg.text else None
         told = dict(text_width=self.encoder.features, text_length=cfg.text_length) if cfg.text else dict(num_classes=num_classes)
         model = create(cfg.model, **changes | told)
         model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), model.blank(1))                        # does the size fit?
@@ -347,6 +347,8 @@ class Run:
 def started_from(path: str, model: DiT) -> None:
     "Copy weights into a model: those of a run's folder or of an authors' checkpoint. ValueError where they don't fit."
     source = load(path)[0] if Path(path).is_dir() else load_official(path)
+    if source.config.get("official_text") and not model.config.get("official_text"):
+        raise ValueError(f"{path} computes as the authors' text-to-image code does: add official_text=1 to --model-args")
     fill(model, source.state_dict(), path)
 
 # %% ../nbs/07_train.ipynb #t039

@@ -219,3 +219,16 @@ def test_the_papers_presets(name, tmp_path):
     assert p["model"] == "deco-xxl" and p["sample_shift"] == 3 and p["grad_clip"] == 1
     assert (p["shift"], p["lr"], p["beta2"]) == {"t2i-256": (2, 2e-4, 0.95), "t2i-512": (4, 1e-4, 0.95), "t2i-sft-512": (4, 1e-5, 0.999)}[name]
     if name != "t2i-256": assert run(training, "--preset", name, "--smoke", "--out", tmp_path / "run", "--data-root", tmp_path) == ""
+
+
+def test_the_authors_weights_stay_theirs(tmp_path):
+    "Training on from their text-to-image model keeps its quirks, or is refused."
+    torch.save(dict(state_dict={f"ema_denoiser.{k}": v for k, v in state.items()}), tmp_path / "theirs.ckpt")
+    own = deco.load_official(state).config
+    args = ",".join(f"{k}={own[k]}" for k in ("patch_size", "width", "depth", "heads", "mlp_ratio", "decoder_width", "decoder_depth", "text_depth"))
+    cfg = Config(model="deco-tiny", text="minilm", text_length=12, size=16, init=str(tmp_path / "theirs.ckpt"), model_args=args)
+    with pytest.raises(ValueError, match="official_text=1"): training.Run(cfg, 0, "cpu")
+    wider = deco.create("deco-tiny", **{k: own[k] for k in own if k not in ("text_width", "num_classes")}, text_width=24)
+    training.started_from(str(tmp_path / "theirs.ckpt"), wider)
+    with torch.no_grad(): assert (wider(f["x0"], f["t0"], f["text0"]) - f["v0"]).abs().max() < 1e-4
+    assert training.Run(Config(model="deco-tiny", text="minilm", model_args="official_text=1"), 0, "cpu").encoder("sun").shape == (1, 128, 384)
