@@ -316,9 +316,9 @@ class Run:
     def prepare(self, data) -> None:
         "With text, before the first step: embed the captions of the data, unless there are too many, and choose some for the grids."
         if not self.encoder: return
-        captions = data.captions if len(data) <= self.cfg.text_cache else []
-        by_first(lambda: self.encoder.remember(captions, Path(self.cfg.data_root)))
-        self.encoder.remember(captions, Path(self.cfg.data_root))                # what the first process has made, all have
+        captions, root = list(data.captions) if len(data) <= self.cfg.text_cache else [], Path(self.cfg.data_root)
+        by_first(lambda: self.encoder.remember(captions, root))
+        if place()[0]: self.encoder.remember(captions, root)                     # from the file that the first process has made
         self.rows = max(map(len, self.encoder.known.values())) if captions else self.rows
         self.null = self.conditions([""])[0]
         self.shown = examples(data, 64)
