@@ -116,7 +116,8 @@ def to_tar(source: str, path: Path) -> None:
     except ValueError as e: raise ValueError(f"{source} is no parquet file ({str(e).splitlines()[0]}): replace it") from None
     there, pictures = table.schema_arrow.names, ("image", "jpg", "png", "webp", "img")
     columns = [next((c for c in names if c in there), None) for names in (pictures, KEYS)]
-    if None in columns: raise ValueError(f"{source} has the columns {', '.join(there)}: one of {', '.join(pictures)}, and of {', '.join(KEYS)}")
+    if None in columns:
+        raise ValueError(f"{source} has the columns {', '.join(there)}: one of {', '.join(pictures)}, and of {', '.join(KEYS)}")
     with tarfile.open(path, "w") as tar:
         rows = (row for batch in table.iter_batches(64, columns=columns) for row in batch.to_pylist())
         for n, row in enumerate(rows):

@@ -24,7 +24,8 @@ def spectrum(image) -> Figure:
     "The levels of the frequencies of a picture, (1, 3, H, W) in [-1, 1], in 8 x 8 blocks of Y, Cb and Cr, in dB."
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     ax, levels = figure.subplots(), 10 * dct_spectrum(rgb_to_ycbcr(image)).clamp(min=1e-9).log10()
-    for name, level, colour in zip(("Y", "Cb", "Cr"), levels, ("black", "tab:blue", "tab:red")): ax.plot(level, color=colour, lw=1, label=name)
+    for name, level, colour in zip(("Y", "Cb", "Cr"), levels, ("black", "tab:blue", "tab:red")):
+        ax.plot(level, color=colour, lw=1, label=name)
     ax.set(xlabel="frequency, in zig-zag order", ylabel="level (dB)", title="Spectrum of the picture")
     ax.legend(fontsize=7)
     return figure
@@ -67,8 +68,8 @@ def page(model: DiT, source: str, device: str = "cpu"):
         try: return drawing(model, encoder, source, *fields, callback=lambda i, t, x: progress((i, fields[3]), unit="steps"))
         except ValueError as e: raise gr.Error(str(e), print_exception=False) from None
     with gr.Blocks(title="deco", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# {type(model).__name__}\n{source}: {sum(p.numel() for p in model.parameters()):,} parameters, {info['size']} pixels, "
-                    f"trained on {info.get('images_seen', 0):,} images")
+        gr.Markdown(f"# {type(model).__name__}\n{source}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                    f"{info['size']} pixels, trained on {info.get('images_seen', 0):,} images")
         with gr.Row():
             with gr.Column():
                 said = gr.Textbox(info["prompts"][0], label="prompt", lines=2) if encoder else gr.Dropdown(info["classes"], label="class")

@@ -56,7 +56,8 @@ def write_item(root: Path, item: Item, images: Tensor) -> None:
         square = torch.cat([torch.cat(list(row), 2) for row in images.unflatten(0, (2, 2))], 1)            # (3, 2H, 2W)
         return write_atomic(last, lambda p: Image.fromarray(square.permute(1, 2, 0).numpy()).save(p, "PNG"))
     write_atomic(files[0], lambda p: p.write_text(json.dumps(item[2])))
-    for path, image in zip(files[1:], images.permute(0, 2, 3, 1)): write_atomic(path, lambda p: Image.fromarray(image.numpy()).save(p, "PNG"))
+    for path, image in zip(files[1:], images.permute(0, 2, 3, 1)):
+        write_atomic(path, lambda p: Image.fromarray(image.numpy()).save(p, "PNG"))
 
 def problems(root: str | Path, items: list[Item], n: int, size: int) -> list[str]:
     "What the benchmark's program would not find, or find that it should not: a line each, [] if all is well. size: of an image, in pixels."
@@ -68,7 +69,8 @@ def problems(root: str | Path, items: list[Item], n: int, size: int) -> list[str
         if item is None: out.append(f"{path} does not belong here: move it")
         elif not path.exists(): out.append(f"{path} is missing: run the export again")
         elif path.suffix == ".jsonl":
-            if path.read_text() != json.dumps(item[2]): out.append(f"{path} is not the metadata of {item[1]!r}: remove its folder, export again")
+            if path.read_text() != json.dumps(item[2]):
+                out.append(f"{path} is not the metadata of {item[1]!r}: remove its folder, export again")
         else:
             try:
                 with Image.open(path) as image: image.load()

@@ -82,7 +82,7 @@ def activations(config: dict, size: Size, precision: str = "float32") -> tuple[d
     cast = 0 if h == 4 else 1                                                # autocast keeps a copy for each product
     features, W, refined = prompts(config)
     whole = lambda N: N * (D * (12 * h + 16) + 4 * h * H + 20 * heads + 16) + D * (8 * h + 8)         # a block of N tokens, all of it
-    cheap = lambda N: N * (D * (12 * h + 8) + 3 * h * H + 20 * heads) + D * 6 * h                     # without the insides of norms and gates
+    cheap = lambda N: N * (D * (12 * h + 8) + 3 * h * H + 20 * heads) + D * 6 * h          # without the insides of norms and gates
     joint = (D * h * (2 * N + 5 * W) + 4 * W * heads) if W else 0            # the prompt's k and v, and both with the image's in a row
     inside = N * P2 * (h * d * (2 + 8 * n) + 4 * d * (2 + 2 * n) + 8 * (n + 1) + cast * h * (C + (n - 1) * d)) if d else 0
     of = dict(none=whole, cheap=cheap, blocks=lambda N: N * D * h)[mode]
@@ -90,7 +90,8 @@ def activations(config: dict, size: Size, precision: str = "float32") -> tuple[d
     decoder = inside if mode == "none" else N * P2 * (h * d + cast * 4 * C)
     head = 2 * N * D * h + decoder if d else N * D * (8 + h) + D * h
     blocks = L * (of(N) + joint * (mode != "blocks")) + refined * of(W)
-    return dict(embedding=N * C * P2 * h + (256 + 4 * D) * h + W * (features + 3 * D) * h, blocks=blocks, loss=8 * N * P2 * C, head=head), again
+    embedding = N * C * P2 * h + (256 + 4 * D) * h + W * (features + 3 * D) * h
+    return dict(embedding=embedding, blocks=blocks, loss=8 * N * P2 * C, head=head), again
 
 # %% ../nbs/13_plan.ipynb #p033
 def memory(config: dict, size: Size, images: int, *, precision: str = "float32", parallel: str = "ddp", gpus: int = 1,
@@ -180,7 +181,8 @@ def cost(cfg, **machine) -> str:
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     how = {k: getattr(cfg, k) for k in ("size", "batch_size", "images", "micro_batch", "precision", "parallel")}
     text = show(plan(config, **how, emas=len(cfg.ema_decay), encoder=ENCODERS.get(cfg.repa, 0), **machine))
-    return text + (f"\nleft out the language model {cfg.text}: its weights, and a pass for each caption that is not in the cache" if cfg.text else "")
+    left = f"\nleft out the language model {cfg.text}: its weights, and a pass for each caption that is not in the cache"
+    return text + (left if cfg.text else "")
 
 # %% ../nbs/13_plan.ipynb #p055
 def main(argv: list[str] | None = None) -> None:

@@ -162,7 +162,8 @@ def read_prompts(args: argparse.Namespace, model: DiT, info: dict, device: str) 
     encoder = TextEncoder(**info["text"], device=device, official=model.config["official_text"])
     info |= dict(classes=list(args.prompt or dict.fromkeys(info["prompts"])), class_counts=None)
     told = encoder([*info["classes"], args.negative])                                          # (prompts + 1, L, E)
-    if n := encoder.counts["cut"]: print(f"note: {n} prompts are longer than {encoder.length} tokens; the rest of them is not read", file=sys.stderr)
+    if n := encoder.counts["cut"]:
+        print(f"note: {n} prompts are longer than {encoder.length} tokens; the rest of them is not read", file=sys.stderr)
     return dict(told=told[:-1], null=told[-1:])
 
 def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]:

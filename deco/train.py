@@ -134,7 +134,7 @@ PRESETS |= {"openmoji-text": TOLD | dict(out="runs/openmoji-text", images=256_00
 PRESETS |= {name: PAPER | dict(zip(COLUMNS, row)) | dict(out=f"runs/{name}") for name, row in ROWS.items()}
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
 T2I = PAPER | dict(data="data/blip3o", text="Qwen/Qwen3-1.7B", text_length=128, model="deco-xxl", beta2=0.95, grad_clip=1.0, label_drop=0.1,
-                   repa_layer=6, guidance=4.0, sample_shift=3.0)            # what the authors' configurations share (16_text has the differences)
+                   repa_layer=6, guidance=4.0, sample_shift=3.0)            # what the authors' configurations share; differences: 16_text
 STAGES = {                                                                  # paper B.4; learning rates and shifts: the configurations
     "t2i-256":     dict(size=256, images=200_000 * 1536, batch_size=1536, lr=2e-4, shift=2.0),
     "t2i-512":     dict(size=512, images=80_000 * 512, batch_size=512, lr=1e-4, shift=4.0, init="runs/t2i-256"),
@@ -572,7 +572,8 @@ def pick_device(name: str) -> str:
     return name
 
 FREE = ("images", "data_root", "workers", "max_bad", "micro_batch", "recompute", "max_bad_steps", "guidance", "steps", "sample_shift",
-        "sample_every", "text_cache", "save_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "out", "device", "parallel", "compile")
+        "sample_every", "text_cache", "save_every", "keep", "keep_every", "log_every", "tensorboard", "wandb", "out", "device", "parallel",
+        "compile")
 
 def same_run(folder: Path, cfg: Config) -> None:
     "ValueError where the folder holds a run made with other settings than these (those of FREE may change)."
