@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     from deco.text import TextEncoder
     from deco.train import Parser, pick_device
     parser = Parser(prog="python -m deco.scenes", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Score a model that learned from captioned scenes on GenEval's six tasks, and on combinations it never saw.",
+                    description="Score a model trained on captioned scenes: GenEval's six tasks, and combinations that it never saw.",
                     epilog="example: python -m deco.train --preset scenes && python -m deco.scenes runs/scenes --guidance 1 3 5")
     parser.add_argument("run", help="folder of a run of deco.train, or scenes-toy, which comes with deco")
     parser.add_argument("--per-task", type=int, default=100, help="pictures of each task")
