@@ -14,7 +14,7 @@ from .dct import dct_spectrum, rgb_to_ycbcr
 from .dit import DiT
 from .flow import SOLVERS
 from .model import Pretrained, sample_images
-from .text import TextEncoder
+from .text import TextEncoder, sample_prompts
 from .train import Parser, cli, pick_device
 
 # %% ../nbs/20_demo.ipynb #w003
@@ -51,9 +51,8 @@ def drawing(model: DiT, encoder: TextEncoder | None, source: str, said: str, neg
     if max(height, width) > most: raise ValueError(f"a size of {height} x {width} is too large for this model: at most {most} a side")
     settings, size = dict(seed=seed, steps=steps, solver=solver, guidance=guidance), (height, width)
     label = 0 if encoder else model.info["classes"].index(said)
-    told = encoder([said, negative]) if encoder else None
-    extra = dict(told=told[:1], null=told[1]) if encoder else {}
-    image = sample_images(model, [label], size, callback=callback, **settings, **extra)
+    if encoder: image = sample_prompts(model, encoder, said, size, negative=negative, callback=callback, **settings)
+    else: image = sample_images(model, [label], size, callback=callback, **settings)
     lines = snippet(source, said if encoder else label, type(model).__name__, size, negative, settings)
     return make_grid(image, scale=max(1, 256 // max(size))), spectrum(image), lines
 
@@ -63,7 +62,7 @@ def page(model: DiT, source: str, device: str = "cpu"):
     try: import gradio as gr
     except ImportError as e: raise ImportError(f"the demo needs Gradio ({e}): pip install 'deco-diffusion[demo]'") from None
     info = model.info
-    encoder = TextEncoder(**info["text"], device=device, official=model.config["official_text"]) if "text" in info else None
+    encoder = TextEncoder(**info["text"], device=device) if "text" in info else None
     def draw(*fields, progress=gr.Progress()):
         try: return drawing(model, encoder, source, *fields, callback=lambda i, t, x: progress((i, fields[3]), unit="steps"))
         except ValueError as e: raise gr.Error(str(e), print_exception=False) from None

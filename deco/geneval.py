@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.geneval`."
     args = arguments().parse_args(argv)
     items, n, root, (rank, world, _) = read_items(args.prompts), args.per_prompt, Path(args.out) / "images", place()
-    if args.prompt or args.classes: raise ValueError("--prompt and --classes: the prompts are those of --prompts")
+    if args.prompt or args.classes or args.num_images != 1 or args.labels != "balanced":
+        raise ValueError("--prompt, --classes, --labels, --num-images: what is drawn is said by --prompts and --per-prompt")
     if items[0][2] is None and n != 4: raise ValueError(f"--per-prompt {n}: DPG-Bench reads four images of a prompt")
     args.prompt = [prompt for _, prompt, _ in items]
     model, info, _, solver, settings = prepare(args)

@@ -173,10 +173,10 @@ def fill(model: DiT, state: dict[str, Tensor], source: str) -> None:
 # %% ../nbs/05_model.ipynb #c025
 @torch.no_grad()
 def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int] = 32, *, seed: int = 0, first: int = 0,
-                  batch_size: int = 64, told: Tensor | None = None, **settings) -> Tensor:
+                  batch_size: int = 64, embeddings: Tensor | None = None, **settings) -> Tensor:
     """Images (len(labels), C, H, W) in [-1, 1] on the CPU, one per label (num_classes stands for no label).
 
-    told: for a model that is conditioned on text the embeddings (prompts, L, E), of which labels are the numbers. size: pixels,
+    embeddings: of prompts (n, L, E), for a model that is conditioned on text; labels are then their numbers. size: pixels,
     one number or (H, W). The i-th is image number first + i, a function of (seed, its number, its label) alone, not of the batch size.
     settings: steps, solver, order, guidance, interval, shift, null, weak of `deco.flow.sample`.
     """
@@ -185,7 +185,7 @@ def sample_images(model: DiT, labels: Sequence[int], size: int | tuple[int, int]
     starts = range(0, len(labels), batch_size)
     for i in progress(starts) if len(starts) > 1 else starts:
         y = torch.tensor(labels[i:i + batch_size])
-        if told is not None: y = told[y]
+        if embeddings is not None: y = embeddings[y]
         model.grid(torch.empty(1, *shape, device="meta"), y)                        # says what is wrong before any work
         noise = seeded_noise(seed, range(first + i, first + i + len(y)), shape).to(device)
         images.append(sample(model, noise, y.to(device), **settings).clamp(-1, 1).cpu())

@@ -152,19 +152,19 @@ def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1)
     return parser
 
 # %% ../nbs/08_sample.ipynb #c011
-def read_prompts(args: argparse.Namespace, model: DiT, info: dict, device: str) -> dict:
+def read_prompts(args: argparse.Namespace, info: dict, device: str) -> dict:
     """Put the prompts in the place of `info`'s classes, by default those that stand there as examples; for a model of classes, nothing.
-    Returns keywords of `sample_images`: the embeddings `told`, and `null`. ValueError: a flag for the other kind of model."""
+    Returns keywords of `sample_images`: `embeddings` and `null`. ValueError: a flag for the other kind of model."""
     if "text" not in info:
         if args.prompt or args.negative: raise ValueError(f"--prompt and --negative: {args.run} knows classes and no words; use --classes")
         return {}
     if args.classes: raise ValueError(f"--classes: {args.run} learned from captions; use --prompt")
-    encoder = TextEncoder(**info["text"], device=device, official=model.config["official_text"])
+    encoder = TextEncoder(**info["text"], device=device)
     info |= dict(classes=list(args.prompt or dict.fromkeys(info["prompts"])), class_counts=None)
-    told = encoder([*info["classes"], args.negative])                                          # (prompts + 1, L, E)
+    embeddings = encoder([*info["classes"], args.negative])                                    # (prompts + 1, L, E)
     if n := encoder.counts["cut"]:
         print(f"note: {n} prompts are longer than {encoder.length} tokens; the rest of them is not read", file=sys.stderr)
-    return dict(told=told[:-1], null=told[-1:])
+    return dict(embeddings=embeddings[:-1], null=embeddings[-1:])
 
 def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]:
     "From the command line: model, its config.json, labels, keywords for the solver, settings that decide the images."
@@ -175,7 +175,7 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     if args.size: info["size"] = args.size[0] if len(args.size) == 1 else args.size
     if args.size and len(args.size) > 2: raise ValueError(f"--size takes one number, or height and width, not {args.size}")
     info = {"classes": [str(i) for i in range(model.num_classes)]} | info
-    text = read_prompts(args, model, info, device)
+    text = read_prompts(args, info, device)
     chosen = pick_classes(args.classes, info["classes"]) if args.classes else list(range(len(info["classes"])))
     labels = pick_labels(args.num_images, chosen, args.labels, args.seed, info.get("class_counts"))
     weak = load(args.weak)[0].to(device) if args.weak else None

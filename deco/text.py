@@ -51,7 +51,7 @@ def padded(rows: list[Tensor], length: int = 0) -> Tensor:
 
 # %% ../nbs/16_text.ipynb #x005
 class TextEncoder:
-    """A frozen language model: prompts to embeddings (n, L, features), zeros behind a prompt's tokens. Paper B.3: Qwen3-1.7B.
+    """A frozen language model: prompts to embeddings (n, L, features), zeros behind a prompt's tokens. Paper, appendix B: Qwen3-1.7B.
 
     name, device: those of `language_model`; length: tokens of a prompt that are used. official: as the authors' models need it,
     always `length` rows, and behind the tokens what the model makes of padding. `counts`: of the prompts encoded so far, how many
@@ -121,7 +121,7 @@ def is_token(y: Tensor) -> Tensor:
 
 class Prompts(nn.Module):
     """Embeddings (B, L, features) as tokens that the blocks of a DiT look at: projected, placed, and refined by `depth` blocks
-    that are trained along. Paper B.3. official: padding counts as tokens, as in the authors' code."""
+    that are trained along. Paper, appendix B. official: padding counts as tokens, as in the authors' code."""
     def __init__(self, features: int, length: int, depth: int, width: int, heads: int, mlp_ratio: float, recompute: str, official: bool):
         super().__init__()
         self.proj, self.norm, self.official = nn.Linear(features, width), RMSNorm(width), official
@@ -142,5 +142,5 @@ def sample_prompts(model: DiT, encoder: TextEncoder, prompts: str | list[str], s
 
     size and settings: those of `sample_images`. What is done for one call has no influence on the next.
     """
-    told = encoder([*([prompts] if isinstance(prompts, str) else prompts), negative])          # (n + 1, L, E)
-    return sample_images(model, range(len(told) - 1), size, told=told[:-1], null=told[-1:], **settings)
+    y = encoder([*([prompts] if isinstance(prompts, str) else prompts), negative])             # (n + 1, L, E)
+    return sample_images(model, range(len(y) - 1), size, embeddings=y[:-1], null=y[-1:], **settings)

@@ -135,7 +135,7 @@ PRESETS |= {name: PAPER | dict(zip(COLUMNS, row)) | dict(out=f"runs/{name}") for
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
 T2I = PAPER | dict(data="data/blip3o", text="Qwen/Qwen3-1.7B", text_length=128, model="deco-xxl", beta2=0.95, grad_clip=1.0, label_drop=0.1,
                    repa_layer=6, guidance=4.0, sample_shift=3.0)            # what the authors' configurations share; differences: 16_text
-STAGES = {                                                                  # paper B.4; learning rates and shifts: the configurations
+STAGES = {                                                                  # paper, appendix B; rates and shifts: the configurations
     "t2i-256":     dict(size=256, images=200_000 * 1536, batch_size=1536, lr=2e-4, shift=2.0),
     "t2i-512":     dict(size=512, images=80_000 * 512, batch_size=512, lr=1e-4, shift=4.0, init="runs/t2i-256"),
     "t2i-sft-512": dict(size=512, images=40_000 * 512, batch_size=512, lr=1e-5, shift=4.0, init="runs/t2i-512", beta2=0.999,
@@ -291,9 +291,10 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.cfg, self.device, self.seen, self.step, self.bad = cfg, device, 0, 0, 0
         changes = model_args(cfg.model_args) | ({} if cfg.recompute == "auto" else dict(recompute=cfg.recompute))
-        self.encoder = TextEncoder(cfg.text, cfg.text_length, device, bool(changes.get("official_text"))) if cfg.text else None
-        told = dict(text_width=self.encoder.features, text_length=cfg.text_length) if cfg.text else dict(num_classes=num_classes)
-        model = create(cfg.model, **changes | told)
+        self.text = dict(name=cfg.text, length=cfg.text_length, official=bool(changes.get("official_text")))
+        self.encoder = TextEncoder(**self.text, device=device) if cfg.text else None
+        asked = dict(text_width=self.encoder.features, text_length=cfg.text_length) if cfg.text else dict(num_classes=num_classes)
+        model = create(cfg.model, **changes | asked)
         model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), model.blank(1))                        # does the size fit?
         if cfg.init: started_from(cfg.init, model)
         self.teacher, projector = None, None
@@ -554,7 +555,7 @@ def draw(run: Run, folder: Path) -> None:
     def picture():
         how = dict(seed=cfg.seed, steps=cfg.steps, guidance=cfg.guidance, shift=cfg.sample_shift)
         labels = range(64) if run.encoder else [i % model.num_classes for i in range(64)]
-        if run.encoder: how |= dict(told=run.conditions(run.shown), null=run.null)
+        if run.encoder: how |= dict(embeddings=run.conditions(run.shown), null=run.null)
         images = sample_images(model.to(run.device), labels, cfg.size, **how)
         grid = make_grid(images, scale=max(1, 64 // cfg.size))
         (folder / "grids").mkdir(exist_ok=True)
@@ -666,7 +667,7 @@ def loop(run: Run, data, folder: Path, say: Callable) -> None:
     reports, flops = reporters(cfg, folder) if rank == 0 else [], flops_per_image(run.model, cfg.size)
     counts = torch.bincount(data.labels, minlength=len(data.classes)).tolist()
     info = dict(train=asdict(cfg), classes=data.classes, class_counts=counts, size=cfg.size)
-    if run.encoder: info |= dict(text=dict(name=cfg.text, length=cfg.text_length), prompts=run.shown)
+    if run.encoder: info |= dict(text=run.text, prompts=run.shown)
     if run.seen: say(f"resuming after {run.seen:,} images")
     say(f"sample grid: {folder / 'samples.png'}, drawn anew every {cfg.sample_every:,} images", flush=True)
     pin, steps, row = run.device.startswith("cuda"), range(run.seen, cfg.images, cfg.batch_size), {}

@@ -1,4 +1,6 @@
+import io
 import sys
+import tarfile
 from pathlib import Path
 import pytest
 import torch
@@ -16,6 +18,17 @@ def run(command, *argv) -> str:
         assert "\n" not in str(e.code), "more than one line"
         return str(e.code)
     return ""
+
+
+def make_tar(path: Path, members: dict[str, bytes]) -> Path:
+    "A tar file with these members, in this order."
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture(scope="session")

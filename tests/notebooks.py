@@ -96,7 +96,7 @@ def stale(saved, fresh, rtol: float = 0.02) -> list[str]:
         old, new = outputs(a), outputs(b)
         if [(k, sorted(d)) for k, d in old] != [(k, sorted(d)) for k, d in new]: found.append(f"cell {i}: other kinds of output")
         elif re.search(r"^#\|\s*(timing|rounding)", a.source, re.M): continue
-        elif any(differs(x["text/plain"], y["text/plain"], rtol) for (_, x), (_, y) in zip(old, new) if "text/plain" in x):
+        elif any(differs(x[kind], y[kind], rtol) for (_, x), (_, y) in zip(old, new) for kind in ("text/plain", "text/markdown") if kind in x):
             found.append(f"cell {i}: other text\n  saved: {old}\n  fresh: {new}"[:800])
     return found
 

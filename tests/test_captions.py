@@ -1,12 +1,11 @@
 "Captions of every kind, good and bad, in tars, folders and parquet files."
 import io
 import json
-import tarfile
 import pytest
 import torch
 from PIL import Image
 import deco.captions as captions
-from conftest import run
+from conftest import make_tar, run
 from deco import train as training
 from deco.captions import Captioned, caption, examples, open_captioned
 from deco.files import batches
@@ -19,15 +18,6 @@ def picture(colour: str, kind: str = "jpeg") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 24), colour).save(buffer, kind)
     return buffer.getvalue()
-
-
-def shard(path, content: dict[str, bytes]):
-    with tarfile.open(path, "w") as tar:
-        for name, data in content.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def samples(kind: str) -> dict[str, bytes]:
@@ -48,13 +38,13 @@ def check(data):
 
 @pytest.mark.parametrize("kind", ["txt", "json"])
 def test_shards(kind, tmp_path):
-    check(open_captioned(shard(tmp_path / "x.tar", samples(kind)), 16, tmp_path / "cache"))
+    check(open_captioned(make_tar(tmp_path / "x.tar", samples(kind)), 16, tmp_path / "cache"))
 
 
 def test_txt_goes_before_json(tmp_path):
     both = samples("json") | {k: v for k, v in samples("txt").items() if k.endswith("txt")}
     both["a.json"] = b'{"caption": "something else"}'
-    check(open_captioned(shard(tmp_path / "x.tar", both), 16, tmp_path))
+    check(open_captioned(make_tar(tmp_path / "x.tar", both), 16, tmp_path))
 
 
 def test_folders(tmp_path):
@@ -86,7 +76,7 @@ def test_parquet(as_struct, tmp_path):
 def test_bad_captions_are_replaced_and_counted(what, tmp_path, caplog):
     content, kind = samples("txt") | {"d.jpg": picture("red")}, "json" if "JSON" in what or "without" in what else "txt"
     if BAD[what] is not None: content[f"d.{kind}"] = BAD[what]
-    data = open_captioned(shard(tmp_path / "x.tar", content), 16, tmp_path, max_bad=0.5)
+    data = open_captioned(make_tar(tmp_path / "x.tar", content), 16, tmp_path, max_bad=0.5)
     said = data.take(torch.arange(4))[1]
     assert said[3] == said[0] and len(data.bad) == 1 and what in str(data.bad) and "d.jpg" in caplog.text
     with pytest.raises(ValueError, match=r"bad pictures: 1, .*d.jpg"): open_captioned(tmp_path / "x.tar", 16, tmp_path, max_bad=0.1).take(torch.arange(4))
@@ -102,7 +92,7 @@ def test_lines_and_letters():
 
 def test_damaged_shards(tmp_path, caplog):
     "A shard that is cut gives the samples that are whole; one that is none is an error that names it."
-    path = shard(tmp_path / "x.tar", samples("txt"))
+    path = make_tar(tmp_path / "x.tar", samples("txt"))
     whole = path.read_bytes()
     path.write_bytes(whole[:whole.index(b"a blue picture")])
     data = open_captioned(path, 16, tmp_path, max_bad=1.0)
@@ -113,7 +103,7 @@ def test_damaged_shards(tmp_path, caplog):
 
 
 def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
-    for s in range(3): shard(tmp_path / f"{s}.tar", {f"{s}{k}.{kind}": data for k in range(4) for kind, data in (("jpg", picture("red")), ("txt", f"{s}{k}".encode()))})
+    for s in range(3): make_tar(tmp_path / f"{s}.tar", {f"{s}{k}.{kind}": data for k in range(4) for kind, data in (("jpg", picture("red")), ("txt", f"{s}{k}".encode()))})
     data = open_captioned(str(tmp_path / "{0..2}.tar"), 8, tmp_path)
     ways = {}
     for workers in (0, 2):
@@ -124,7 +114,7 @@ def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
 
 
 def test_what_is_found_is_kept_in_a_file(tmp_path, monkeypatch):
-    path, cache = shard(tmp_path / "x.tar", samples("txt")), tmp_path / "cache"
+    path, cache = make_tar(tmp_path / "x.tar", samples("txt")), tmp_path / "cache"
     open_captioned(path, 16, cache)
     monkeypatch.setattr(captions, "texts", lambda shard: pytest.fail("read again"))
     check(open_captioned(path, 16, cache))
@@ -132,14 +122,14 @@ def test_what_is_found_is_kept_in_a_file(tmp_path, monkeypatch):
 
 def test_examples(tmp_path):
     content = samples("txt") | {"d.jpg": picture("red")}
-    data = Captioned(shard(tmp_path / "x.tar", content), 16, tmp_path)
+    data = Captioned(make_tar(tmp_path / "x.tar", content), 16, tmp_path)
     assert set(examples(data, 8)) == {"a red picture", "a green picture", "a blue picture"} and len(examples(data, 8)) == 8
 
 
 def test_a_run_on_shards(tmp_path):
     "From tars with an empty and a missing caption to a run that says what it met, and goes on from where it was."
     content = {f"{k}.{kind}": data for k in range(8) for kind, data in (("jpg", picture("red")), ("txt", b"" if k == 3 else f"red number {k}".encode()))}
-    shard(tmp_path / "x.tar", content | {"9.jpg": picture("blue")})
+    make_tar(tmp_path / "x.tar", content | {"9.jpg": picture("blue")})
     command = ["--smoke", "--text", "minilm", "--data", tmp_path / "x.tar", "--data-root", tmp_path / "data", "--max-bad", 0.5, "--out", tmp_path / "run"]
     assert run(training, *command, "--workers", 2) == ""
     assert run(training, *command, "--images", 96, "--text-cache", 0) == ""

@@ -55,6 +55,7 @@ def test_geneval(told, prompts):
     assert run(geneval, *command) == "" and victim.read_bytes() == files[victim]
     assert "seed 5 (now 6)" in run(geneval, *command[:-1], 6)
     assert run(geneval, *command, "--check") == ""
+    for ignored in (["--num-images", 8], ["--prompt", "x"], ["--labels", "random"]): assert ignored[0] in run(geneval, *command, *ignored)
 
 
 def test_dpg(told, prompts):

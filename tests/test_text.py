@@ -179,7 +179,7 @@ def test_null_is_the_empty_prompt(tmp_path):
 
 def test_a_run(told):
     info = json.loads((told / "config.json").read_text())
-    assert info["text"] == dict(name="minilm", length=32) and len(info["prompts"]) == 64
+    assert info["text"] == dict(name="minilm", length=32, official=False) and len(info["prompts"]) == 64
     assert json.loads((told / "log.jsonl").read_text().splitlines()[-1])["captions"]["prompts"] > 2000
     assert "is done" in subprocess.run([sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--out", told,
                                         "--data-root", info["train"]["data_root"]], capture_output=True, text=True).stdout
@@ -231,4 +231,4 @@ def test_the_authors_weights_stay_theirs(tmp_path):
     wider = deco.create("deco-tiny", **{k: own[k] for k in own if k not in ("text_width", "num_classes")}, text_width=24)
     training.started_from(str(tmp_path / "theirs.ckpt"), wider)
     with torch.no_grad(): assert (wider(f["x0"], f["t0"], f["text0"]) - f["v0"]).abs().max() < 1e-4
-    assert training.Run(Config(model="deco-tiny", text="minilm", model_args="official_text=1"), 0, "cpu").encoder("sun").shape == (1, 128, 384)
+    assert training.Run(Config(model="deco-tiny", text="minilm", model_args="official_text=1"), 0, "cpu").encoder("sun").shape == (1, 128, 384)    # padded to the full length
