@@ -61,11 +61,6 @@ def drawn(page) -> bytes:
     return page.request.get(image.get_attribute("src")).body()
 
 
-def plotted(page) -> int:
-    "The width in pixels of the largest picture that stands in the page itself, as plots do."
-    return page.evaluate("() => Math.max(0, ...[...document.images].filter(i => i.src.startsWith('data:image')).map(i => i.naturalWidth))")
-
-
 def complaint(page) -> str:
     page.get_by_role("button", name="Draw").click()
     toast = page.locator(".toast-body").last
@@ -77,7 +72,7 @@ def complaint(page) -> str:
 
 
 def test_draws_and_hears_the_seed(page):
-    assert plotted(page) < 300                                                  # icons, and no plot yet
+    assert page.locator("[data-testid='matplotlib'] img").count() == 0
     fill(page, prompt="a photo of a red circle and a blue square", seed=3, steps=12)
     first = drawn(page)
     fill(page, seed=4)
@@ -87,7 +82,7 @@ def test_draws_and_hears_the_seed(page):
     assert first[:4] in (b"\x89PNG", b"RIFF") and first == third != second
     lines = page.locator(".cm-content").first.inner_text()
     assert "deco.sample_prompts" in lines and "seed=3" in lines and "a red circle and a blue square" in lines
-    assert plotted(page) > 300                                                  # the spectrum
+    assert page.locator("[data-testid='matplotlib'] img").evaluate("i => i.naturalWidth") > 300        # the spectrum
     picture = Path(os.environ.get("DECO_SCREENSHOT", "/nowhere")).with_suffix(".png")
     if picture.parent.is_dir(): page.screenshot(path=str(picture))              # for 20_demo: DECO_SCREENSHOT=nbs/images/demo
 
