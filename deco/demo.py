@@ -14,6 +14,7 @@ from .dct import dct_spectrum, rgb_to_ycbcr
 from .dit import DiT
 from .flow import SOLVERS
 from .model import Pretrained, sample_images
+from .sample import usual_shift
 from .text import TextEncoder, sample_prompts
 from .train import Parser, cli, pick_device
 
@@ -49,7 +50,8 @@ def drawing(model: DiT, encoder: TextEncoder | None, source: str, said: str, neg
     if steps > 1000: raise ValueError(f"steps must be at most 1,000, not {steps:,}")
     most = 4 * model.info["size"]
     if max(height, width) > most: raise ValueError(f"a size of {height} x {width} is too large for this model: at most {most} a side")
-    settings, size = dict(seed=seed, steps=steps, solver=solver, guidance=guidance), (height, width)
+    settings = dict(seed=seed, steps=steps, solver=solver, guidance=guidance, shift=usual_shift(model.info))
+    size = height, width
     label = 0 if encoder else model.info["classes"].index(said)
     if encoder: image = sample_prompts(model, encoder, said, size, negative=negative, callback=callback, **settings)
     else: image = sample_images(model, [label], size, callback=callback, **settings)

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import __version__
 from .data import list_images, load_data, make_grid, read_image
 from .metrics import compare, extractor, image_batches, reference_statistics, statistics
-from .model import read_json, write_atomic
+from .model import read_json, run_folder, write_atomic
 from .sample import drawing_arguments, image_path, prepare, write_set
 from .train import Parser, cli, memory_mb, pick_device, place
 
@@ -194,7 +194,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     seconds, out, (rank, world, _), drawn, had = {}, Path(args.out), place(), [], 0
     if args.samples:
         images, settings = given_samples(Path(args.samples))
-        info = read_json(Path(args.run) / "config.json") if args.run else {}
+        info = read_json(run_folder(args.run) / "config.json") if args.run else {}
     else:
         model, info, drawn, solver, settings = prepare(args)
         images = ImageFiles([image_path(out / "samples", i) for i in range(len(drawn))], info["size"])

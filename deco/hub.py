@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from .dit import DiT
 from .evaluate import page, read_report, table
-from .model import load, save
+from .model import load, run_folder, save
 from .sample import weights_hash
 
 # %% ../nbs/11_weights.ipynb #w035
@@ -27,7 +27,8 @@ def card(model: DiT, info: dict) -> str:
     "The text of a model card. info, all optional: classes, size, source, train, images_seen, sampling, metrics, license."
     train, classes, size = info.get("train") or {}, info.get("classes") or [], info.get("size", 16 * model.patch_size)
     kind, none, text = type(model).__name__, model.num_classes, info.get("text")     # none: the label that stands for no class
-    settings = info.get("sampling") or {k: train[k] for k in ("guidance", "steps") if k in train}
+    usual = dict(guidance="guidance", steps="steps", shift="sample_shift")
+    settings = info.get("sampling") or {k: train[v] for k, v in usual.items() if v in train}
     how = "".join(f", {k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in settings.items())
     names = f" ({', '.join(map(str, classes[:10]))}{', ...' * (len(classes) > 10)})" if classes else ""
     training = {k: info[k] for k in ("source", "images_seen") if k in info} | {k: train[k] for k in RECIPE if k in train}
@@ -114,10 +115,8 @@ class Published(ModelHubMixin, library_name="deco", tags=["pixel-diffusion", "fl
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub) -> "Published":
         "The model of a folder, a hub repository, or deco's own. What was `measured` is info['metrics'], if config.json has none."
-        path = Path(pretrained_model_name_or_path)
+        path = run_folder(pretrained_model_name_or_path)
         if path.is_file(): raise ValueError(f"{path} is a file: give its folder; .ckpt files are for deco.load_official")
-        with_deco = Path(__file__).parent / "weights" / path.name            # cifar10-toy, openmoji-toy
-        if len(path.parts) == 1 and with_deco.is_dir() and not path.is_dir(): path = with_deco
         folder = path if path.is_dir() else fetch(str(pretrained_model_name_or_path), **hub)
         model, info = load(folder)
         numbers = {} if "metrics" in info else measured(folder)

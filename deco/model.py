@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SIZES', 'RENAMES', 'Pretrained', 'DeCo', 'PixNerd', 'Baseline', 'build', 'create', 'model_args',
-           'write_atomic', 'read_json', 'read_tensors', 'save', 'load', 'fill', 'sample_images', 'renamed', 'inferred',
-           'reordered', 'read_checkpoint', 'load_official']
+           'write_atomic', 'read_json', 'read_tensors', 'save', 'run_folder', 'load', 'fill', 'sample_images',
+           'renamed', 'inferred', 'reordered', 'read_checkpoint', 'load_official']
 
 # %% ../nbs/05_model.ipynb #c002
 import json
@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -39,7 +40,7 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, **hub) -> "Pretrained":
         """The model of a folder or a hub repository "owner/name", for evaluation; `model.info` is what config.json says.
-        "cifar10-toy" and "openmoji-toy" come with deco (how they were made: 14_ablations).
+        "cifar10-toy", "openmoji-toy" (14_ablations), "scenes-toy" and "emoji-toy" (18_scenes) come with deco.
 
         hub: revision, token, cache_dir, local_files_only, ... FileNotFoundError, OSError, ValueError name what is wrong.
         """
@@ -145,13 +146,18 @@ def save(folder: str | Path, model: DiT, info: dict | None = None) -> None:
     write_atomic(folder / "model.safetensors", lambda p: save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, p))
     write_atomic(folder / "config.json", lambda p: p.write_text(text))
 
+def run_folder(name: str | Path) -> Path:
+    "The folder of this name; of a single word that is no run's folder here, such as scenes-toy, the model of it that comes with deco."
+    path, own, known = Path(name), Path(str(files("deco"))) / "weights" / Path(name), lambda p: (p / "config.json").exists()
+    return own if len(path.parts) == 1 and known(own) and not known(path) else path
+
 def load(folder: str | Path, weights: str = "model.safetensors") -> tuple[DiT, dict]:
-    """The model that `save` or a training run left in a folder, in evaluation mode, and its config.json.
+    """The model that `save` or a training run left in a folder (see `run_folder`), in evaluation mode, and its config.json.
 
     weights: the file in it; a run's model.safetensors is its first EMA, model-<decay>.safetensors another.
     Raises FileNotFoundError, or ValueError, naming the file that is missing, broken or of another kind.
     """
-    folder = Path(folder)
+    folder = run_folder(folder)
     for name in ("config.json", weights):
         if (folder / name).is_file(): continue
         raise FileNotFoundError(f"no {name} in {folder}: give the folder of a finished run of deco.train, or let it save first")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_classes', 'pick_labels', 'image_path', 'write_samples', 'write_npz', 'claim', 'weights_hash', 'pick_average',
-           'arguments', 'at_least', 'drawing_arguments', 'read_prompts', 'prepare', 'write_set', 'main']
+           'arguments', 'at_least', 'drawing_arguments', 'usual_shift', 'read_prompts', 'prepare', 'write_set', 'main']
 
 # %% ../nbs/08_sample.ipynb #c002
 import argparse
@@ -21,7 +21,7 @@ from PIL import Image
 from .data import generator, make_grid, progress, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
-from .model import load, read_json, sample_images, write_atomic
+from .model import load, read_json, run_folder, sample_images, write_atomic
 from .text import TextEncoder
 from .train import Parser, by_first, cli, pick_device, place, processes, summed
 
@@ -112,7 +112,7 @@ def arguments() -> argparse.ArgumentParser:
         epilog="examples: python -m deco.sample runs/openmoji --classes flags,animals --num-images 16 --seed 1 --out grid.png; "
                "torchrun --standalone --nproc-per-node=8 -m deco.sample runs/openmoji --num-images 50000 --out samples.npz")
     add = parser.add_argument
-    add("run", help="folder of a run of deco.train")
+    add("run", help="folder of a run of deco.train, or a model that comes with deco, such as openmoji-toy")
     add("--out", default="grid.png", help="a .png (grid), a .npz (ADM's format) or a folder (numbered PNGs)")
     add("--columns", type=at_least(1), default=8, help="columns of the grid")
     add("--scale", type=at_least(1), default=2, help="each pixel of the grid is drawn SCALE x SCALE")
@@ -130,7 +130,7 @@ def at_least(low: int):
 
 def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1) -> argparse.ArgumentParser:
     "The flags that say which images are drawn, by default `num`, and how noise becomes one."
-    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="", size=None)
+    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="", size=None, shift=None)
     none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: not in --help
     add("--num-images", type=at_least(least), default=num, help="how many (papers evaluate 50000)")
     add("--seed", type=at_least(0), default=0, help="seed of the noise")
@@ -148,10 +148,14 @@ def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1)
     add("--guidance", type=float, default=3.0, help="1 is none")
     add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="guide where LOW < t <= HIGH")
     add("--weak", default=none, metavar="RUN", help="guide away from this weaker run's model (autoguidance)")
-    add("--shift", type=float, default=1.0, help="time shift; above 1: more steps near the noise")
+    add("--shift", type=float, default=none, help="time shift; above 1: more steps near the noise (that of the run's sample grids)")
     return parser
 
 # %% ../nbs/08_sample.ipynb #c011
+def usual_shift(info: dict) -> float:
+    "The time shift with which a run drew its sample grids, from its config.json; 1.0 where it does not say."
+    return (info.get("train") or {}).get("sample_shift", 1.0)
+
 def read_prompts(args: argparse.Namespace, info: dict, device: str) -> dict:
     """Put the prompts in the place of `info`'s classes, by default those that stand there as examples; for a model of classes, nothing.
     Returns keywords of `sample_images`: `embeddings` and `null`. ValueError: a flag for the other kind of model."""
@@ -168,9 +172,10 @@ def read_prompts(args: argparse.Namespace, info: dict, device: str) -> dict:
 
 def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]:
     "From the command line: model, its config.json, labels, keywords for the solver, settings that decide the images."
-    run, device = Path(args.run), pick_device(args.device)
+    run, device = run_folder(args.run), pick_device(args.device)
     file, decay = pick_average(run, args.ema)
     model, info = load(run, file)
+    if args.shift is None: args.shift = usual_shift(info)
     if "size" not in info: raise ValueError(f'{run / "config.json"} names no image size: add "size": PIXELS to it')
     if args.size: info["size"] = args.size[0] if len(args.size) == 1 else args.size
     if args.size and len(args.size) > 2: raise ValueError(f"--size takes one number, or height and width, not {args.size}")
@@ -180,10 +185,10 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     labels = pick_labels(args.num_images, chosen, args.labels, args.seed, info.get("class_counts"))
     weak = load(args.weak)[0].to(device) if args.weak else None
     solver = {k: getattr(args, k) for k in ("steps", "solver", "order", "guidance", "interval", "shift")}
-    settings = dict(run=str(run), weights=weights_hash(run / file), images_seen=info.get("images_seen"), ema_decay=decay,
+    settings = dict(run=args.run, weights=weights_hash(run / file), images_seen=info.get("images_seen"), ema_decay=decay,
                     num=len(labels), seed=args.seed, labels=args.labels, classes=[info["classes"][i] for i in chosen],
                     size=info["size"], batch_size=args.batch_size, **solver,
-                    weak=weights_hash(Path(args.weak) / "model.safetensors") if weak else None)
+                    weak=weights_hash(run_folder(args.weak) / "model.safetensors") if weak else None)
     if text: settings["negative"] = args.negative
     return model.to(device), info, labels, solver | dict(weak=weak) | text, settings
 

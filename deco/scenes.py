@@ -212,17 +212,19 @@ def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.scenes`."
     from deco.evaluate import table
     from deco.model import Pretrained, write_atomic
+    from deco.sample import usual_shift
     from deco.text import TextEncoder
     from deco.train import Parser, pick_device
     parser = Parser(prog="python -m deco.scenes", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description="Score a model trained on captioned scenes: GenEval's six tasks, and combinations that it never saw.",
                     epilog="example: python -m deco.train --preset scenes && python -m deco.scenes runs/scenes --guidance 1 3 5")
+    parser.set_defaults(shift=None)
     parser.add_argument("run", help="folder of a run of deco.train, or scenes-toy, which comes with deco")
     parser.add_argument("--per-task", type=int, default=100, help="pictures of each task")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="1 is none; several: a line each")
     parser.add_argument("--steps", type=int, default=20, help="steps of Adams-Bashforth, of second order")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    parser.add_argument("--shift", type=float, default=2.0, help="time shift of the sampler")
+    parser.add_argument("--shift", type=float, default=argparse.SUPPRESS, help="time shift of the sampler (that of the run's sample grids)")
     parser.add_argument("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
     parser.add_argument("--out", default="scenes.json", help="every prompt and its verdict")
     args = parser.parse_args(argv)
@@ -230,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
     model = Pretrained.from_pretrained(args.run).to(pick_device(args.device))
     if "text" not in model.info: raise ValueError(f"{args.run} knows classes and no words: give a run of --preset scenes")
     encoder, lines, kept = TextEncoder(**model.info["text"], device=pick_device(args.device)), [], []
-    how = dict(steps=args.steps, seed=args.seed, shift=args.shift, solver="adams", size=model.info["size"])
+    shift = usual_shift(model.info) if args.shift is None else args.shift
+    how = dict(steps=args.steps, seed=args.seed, shift=shift, solver="adams", size=model.info["size"])
     for held_out in (False, True):
         for guidance in args.guidance:
             rows = benchmark(model, encoder, args.per_task, held_out, guidance=guidance, **how)

@@ -43,7 +43,7 @@ from .dct import frequency_loss
 from .dit import DiT
 from .files import batches, open_data
 from .flow import flow_loss, interpolate, logit_normal, velocity
-from .model import SIZES, build, create, fill, load, load_official, model_args, read_json, sample_images, save, write_atomic
+from .model import SIZES, build, create, fill, load, load_official, model_args, read_json, run_folder, sample_images, save, write_atomic
 from .repa import Projector, encoder, repa_loss
 from .text import TextEncoder
 
@@ -347,7 +347,7 @@ class Run:
 
 def started_from(path: str, model: DiT) -> None:
     "Copy weights into a model: those of a run's folder or of an authors' checkpoint. ValueError where they don't fit."
-    source = load(path)[0] if Path(path).is_dir() else load_official(path)
+    source = load(path)[0] if run_folder(path).is_dir() else load_official(path)
     if source.config.get("official_text") and not model.config.get("official_text"):
         raise ValueError(f"{path} computes as the authors' text-to-image code does: add official_text=1 to --model-args")
     fill(model, source.state_dict(), path)

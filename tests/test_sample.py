@@ -76,6 +76,18 @@ def test_labels_in_the_shares_of_the_data(trained, tmp_path):
     assert draw(trained, tmp_path / "c") == ""                                       # other rules don't need it
 
 
+def test_the_shift_is_that_of_the_run(trained, tmp_path):
+    "By default; a run that does not say has 1, and what is asked for goes first."
+    shift = lambda out: json.loads((tmp_path / out / "samples.json").read_text())["shift"]
+    assert draw(trained, tmp_path / "a") == "" and shift("a") == 1.0
+    train = json.loads((trained / "config.json").read_text())["train"]
+    edit(trained, train=train | dict(sample_shift=2.5))
+    assert draw(trained, tmp_path / "b") == "" and shift("b") == 2.5
+    assert draw(trained, tmp_path / "c", "--shift", "3") == "" and shift("c") == 3.0
+    edit(trained, train={k: v for k, v in train.items() if k != "sample_shift"})
+    assert draw(trained, tmp_path / "d") == "" and shift("d") == 1.0
+
+
 def test_random_labels_are_what_they_were():
     "The labels of sets that exist: drawn with torch alone."
     def label(i):

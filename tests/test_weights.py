@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 import deco
-from deco import hub
+from conftest import run
+from deco import hub, sample
 from deco.model import Baseline, DeCo, create, load_official, sample_images
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -250,8 +251,13 @@ def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
     assert (folder / "model.safetensors").stat().st_size < 8e6 and len(model.info["classes"]) == 10
     assert model.info["metrics"]["images"] >= 1000 and model.info["metrics"]["fid"] > 0           # the report is about these weights
     assert deco.sample_images(model, [0, 10], 32, steps=2).isfinite().all()
-    (tmp_path / name).mkdir()
-    with pytest.raises(FileNotFoundError, match="config.json"): deco.DeCo.from_pretrained(name)
+    assert run(sample, name, "--num-images", 2, "--steps", 2, "--out", "a.png") == "" and Path("a.png").exists()
+    (tmp_path / name / "evaluation").mkdir(parents=True)                                            # what deco.evaluate leaves
+    assert torch.equal(deco.load(name)[0].patch_embed.weight, model.patch_embed.weight)
+    (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"): deco.DeCo.from_pretrained(name)
+    for outside in ("..", ".", "", "weights"):
+        with pytest.raises(OSError): deco.load(outside)
 
 
 def test_a_model_of_prompts(tmp_path):
