@@ -23,7 +23,7 @@ from .data import load_data, to_uint8
 from .evaluate import table
 from .metrics import Extractor, compare, extractor, reference_statistics, statistics
 from .model import read_json, sample_images, write_atomic
-from .train import Config, Help, Parser, Run, checkpoints, cli, flops_per_image, pick_device, read_log, restore, train
+from .train import Config, Parser, Run, checkpoints, cli, flops_per_image, pick_device, read_log, restore, train
 from .train import parse as train_settings
 
 # %% ../nbs/14_ablations.ipynb #a_blockiness
@@ -215,14 +215,14 @@ def seeds(text: str) -> list[int]:
 
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.ablate`; those of deco.train follow for all rows."
-    parser = Parser(prog="python -m deco.ablate", formatter_class=Help, allow_abbrev=False,
+    parser = Parser("ablate",
         description="Train and measure the rows of a table, one setting changed in each, with several seeds. The same command again "
                     "goes on where it stopped; a second one beside it shares the work. Flags of deco.train hold for all rows.",
         epilog="examples: python -m deco.ablate table1 --seeds 3; python -m deco.ablate table1 --rows dit deco --images 102400 "
                f"--out runs/long; rows: {', '.join(ROWS)}")
     add = parser.add_argument
     add("table", choices=TABLES, help="which rows: the paper's Table 1 or 4, what it leaves open, or the learning rate")
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW", default=argparse.SUPPRESS, help="only these rows (default: all of the table)")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="only these rows (default: all of the table)")
     add("--seeds", type=seeds, default="3", help="how many seeds of each row, 0, 1, ...; or which, as in 0,2 (one alone: 2,)")
     add("--checkpoints", type=int, default=2, help="points of a run at which it is measured")
     add("--num-images", type=int, default=1000, help="samples at each point")
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.ablate`."
     from matplotlib.figure import Figure
     args, rest = arguments().parse_known_args(argv)
-    names, path = list(vars(args).get("rows", TABLES[args.table])), Path(args.results) / f"{args.table}.csv"
+    names, path = list(args.rows or TABLES[args.table]), Path(args.results) / f"{args.table}.csv"
     foreign = [name for name in names if name not in TABLES[args.table]]
     if foreign: raise ValueError(f"--rows {' '.join(foreign)}: not in {args.table}, which has {', '.join(TABLES[args.table])}")
     for flag in ("checkpoints", "steps"):

@@ -6,7 +6,6 @@
 __all__ = ['LONGEST', 'spectrum', 'snippet', 'drawing', 'page', 'main']
 
 # %% ../nbs/20_demo.ipynb #w002
-import argparse
 from matplotlib.figure import Figure
 from PIL import Image
 from .data import make_grid
@@ -88,8 +87,7 @@ def page(model: DiT, source: str, device: str = "cpu"):
 
 def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.demo`."
-    parser = Parser(prog="python -m deco.demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-                    description="A page in the browser that draws with a trained model, of classes or of prompts.",
+    parser = Parser("demo", description="A page in the browser that draws with a trained model, of classes or of prompts.",
                     epilog="example: python -m deco.demo scenes-toy")
     parser.add_argument("run", help="folder of a run of deco.train, a hub id, or a model that comes with deco, such as scenes-toy")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: whoever can reach this machine may draw")

@@ -143,21 +143,20 @@ def markdown(report: dict) -> str:
 # %% ../nbs/10_evaluate.ipynb #1b7bb4bb
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.evaluate`."
-    parser = Parser(prog="python -m deco.evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    parser = Parser("evaluate",
         description="Draw images with a trained model, measure them, report the numbers and every setting behind them. "
                     "The same command again reuses the images; torchrun shares the drawing.",
         epilog="examples: python -m deco.evaluate runs/openmoji --num-images 10000 --extractor efficientnet-lite0; "
                "python -m deco.evaluate --samples a.npz --reference adm.npz; python -m deco.evaluate --compare runs/a runs/b")
-    parser.set_defaults(run="", samples="", compare=None, out="", extractor_weights="")
-    none, add = argparse.SUPPRESS, parser.add_argument                   # none: --help names no default
-    add("run", nargs="?", default=none, help="folder of a run of deco.train")
-    add("--samples", default=none, metavar="PATH", help="take these images, an .npz (ADM's format) or a folder")
-    add("--compare", default=none, nargs=2, metavar=("A", "B"), help="two reports side by side: runs, or their folders")
-    add("--out", default=none, help="folder of the report (default: RUN/evaluation; of a comparison: comparison)")
+    add = parser.add_argument
+    add("run", nargs="?", default="", help="folder of a run of deco.train")
+    add("--samples", default="", metavar="PATH", help="take these images, an .npz (ADM's format) or a folder")
+    add("--compare", nargs=2, metavar=("A", "B"), help="two reports side by side: runs, or their folders")
+    add("--out", default="", help="folder of the report (default: RUN/evaluation; of a comparison: comparison)")
     add("--reference", default="data", metavar="PATH", help="'data': the training images, not mirrored; a file; a folder")
     add("--extractor", choices=("inception", "efficientnet-lite0", "classifier"), default="inception",
         help="inception: as papers do, downloaded once; efficientnet-lite0: no download; classifier: fast, for 32 pixels")
-    add("--extractor-weights", default=none, metavar="FILE", help="weights of the extractor; the classifier needs them")
+    add("--extractor-weights", default="", metavar="FILE", help="weights of the extractor; the classifier needs them")
     return drawing_arguments(parser, 2000, least=4)                      # precision looks at an image's third neighbour
 
 def parse(argv: list[str]) -> argparse.Namespace:

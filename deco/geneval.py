@@ -81,11 +81,11 @@ def problems(root: str | Path, items: list[Item], n: int, size: int) -> list[str
 # %% ../nbs/19_benchmarks.ipynb #z005
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.geneval`."
-    parser = Parser(prog="python -m deco.geneval", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    parser = Parser("geneval",
         description="Draw the pictures of GenEval or DPG-Bench in the layout that their programs read, and check it. "
                     "The same command again draws what is missing; torchrun shares the work.",
         epilog="example: python -m deco.geneval runs/t2i-sft-512 --prompts evaluation_metadata.jsonl --out geneval "
-               "--solver adams --steps 25 --guidance 4 --shift 3")
+               "--solver adams --steps 25 --guidance 4")
     add = parser.add_argument
     add("run", help="folder of a run of deco.train that learned from captions")
     add("--prompts", required=True, help="GenEval's .jsonl file, or DPG-Bench's folder of .txt files")

@@ -187,9 +187,8 @@ def cost(cfg, **machine) -> str:
 # %% ../nbs/13_plan.ipynb #p055
 def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.plan`."
-    from deco.train import Help, Parser, parse
-    parser = Parser(prog="python -m deco.plan", allow_abbrev=False, formatter_class=Help,
-                    description="What a training run will cost, before it is started. Its settings: all flags of deco.train.")
+    from deco.train import Parser, parse
+    parser = Parser("plan", description="What a training run will cost, before it is started. Its settings: all flags of deco.train.")
     texts = dict(gpus="processes, one GPU each", tflops="TFLOP/s that a GPU achieves: 0.4 of an A800's 312 in bf16, an assumption",
                  bandwidth="GB/s that a GPU sends: an assumption", capacity="GB of a GPU's memory")
     for name, text in texts.items():

@@ -106,7 +106,7 @@ def pick_average(run: Path, decay: float | None = None) -> tuple[str, float | No
 # %% ../nbs/08_sample.ipynb #c010
 def arguments() -> argparse.ArgumentParser:
     "The flags of `python -m deco.sample`."
-    parser = Parser(prog="python -m deco.sample", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    parser = Parser("sample",
         description="Draw images with a trained model: a grid, a folder of PNGs or ADM's .npz. Image i depends on the "
                     "seed, i and its class alone. The same command again draws what is missing; torchrun shares the work.",
         epilog="examples: python -m deco.sample runs/openmoji --classes flags,animals --num-images 16 --seed 1 --out grid.png; "
@@ -118,7 +118,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--scale", type=at_least(1), default=2, help="each pixel of the grid is drawn SCALE x SCALE")
     add("--names", action=argparse.BooleanOptionalAction, default=True, help="class names in the grid")
     drawing_arguments(parser, 64)
-    add("--size", type=at_least(1), nargs="+", metavar="PIXELS", default=argparse.SUPPRESS, help="a side, or height and width (the run's)")
+    add("--size", type=at_least(1), nargs="+", metavar="PIXELS", help="a side, or height and width (the run's)")
     return parser
 
 def at_least(low: int):
@@ -130,15 +130,15 @@ def at_least(low: int):
 
 def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1) -> argparse.ArgumentParser:
     "The flags that say which images are drawn, by default `num`, and how noise becomes one."
-    parser.set_defaults(classes="", prompt=None, negative="", ema=None, weak="", size=None, shift=None)
-    none, add = argparse.SUPPRESS, parser.add_argument_group("images to draw").add_argument     # none: not in --help
+    parser.set_defaults(size=None)                                          # not every command lets one choose it
+    add = parser.add_argument_group("images to draw").add_argument
     add("--num-images", type=at_least(least), default=num, help="how many (papers evaluate 50000)")
     add("--seed", type=at_least(0), default=0, help="seed of the noise")
     add("--labels", choices=("balanced", "random", "data"), default="balanced", help="in turn, even, as in the data")
-    add("--classes", default=none, help="class numbers or names, comma-separated (all)")
-    add("--prompt", nargs="+", default=none, help="in words, for a model that learned from captions; several: in turn")
-    add("--negative", default=none, metavar="PROMPT", help="what guidance leads away from (the empty prompt)")
-    add("--ema", type=float, default=none, metavar="DECAY", help="which of the run's averaged weights (the first)")
+    add("--classes", default="", help="class numbers or names, comma-separated (all)")
+    add("--prompt", nargs="+", help="in words, for a model that learned from captions; several: in turn")
+    add("--negative", default="", metavar="PROMPT", help="what guidance leads away from (the empty prompt)")
+    add("--ema", type=float, metavar="DECAY", help="which of the run's averaged weights (the first)")
     add("--batch-size", type=at_least(1), default=64, help="images at a time")
     add("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
     add = parser.add_argument_group("solver and guidance").add_argument
@@ -147,8 +147,8 @@ def drawing_arguments(parser: argparse.ArgumentParser, num: int, least: int = 1)
     add("--order", type=int, choices=(2, 3), default=2, help="order of the solver adams")
     add("--guidance", type=float, default=3.0, help="1 is none")
     add("--interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="guide where LOW < t <= HIGH")
-    add("--weak", default=none, metavar="RUN", help="guide away from this weaker run's model (autoguidance)")
-    add("--shift", type=float, default=none, help="time shift; above 1: more steps near the noise (that of the run's sample grids)")
+    add("--weak", default="", metavar="RUN", help="guide away from this weaker run's model (autoguidance)")
+    add("--shift", type=float, help="time shift; above 1: more steps near the noise (that of the run's sample grids)")
     return parser
 
 # %% ../nbs/08_sample.ipynb #c011

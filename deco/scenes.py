@@ -9,7 +9,6 @@ __all__ = ['TASKS', 'SHAPES', 'COLOURS', 'RELATIONS', 'OPPOSITE', 'NUMBERS', 'HE
            'found', 'fault', 'score', 'chance', 'benchmark', 'shares', 'main']
 
 # %% ../nbs/18_scenes.ipynb #v002
-import argparse
 import json
 from collections import Counter, namedtuple
 from functools import lru_cache
@@ -215,16 +214,15 @@ def main(argv: list[str] | None = None) -> None:
     from deco.sample import usual_shift
     from deco.text import TextEncoder
     from deco.train import Parser, pick_device
-    parser = Parser(prog="python -m deco.scenes", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Score a model trained on captioned scenes: GenEval's six tasks, and combinations that it never saw.",
-                    epilog="example: python -m deco.train --preset scenes && python -m deco.scenes runs/scenes --guidance 1 3 5")
-    parser.set_defaults(shift=None)
+    parser = Parser("scenes",
+        description="Score a model trained on captioned scenes: GenEval's six tasks, and combinations that it never saw.",
+        epilog="example: python -m deco.train --preset scenes && python -m deco.scenes runs/scenes --guidance 1 3 5")
     parser.add_argument("run", help="folder of a run of deco.train, or scenes-toy, which comes with deco")
     parser.add_argument("--per-task", type=int, default=100, help="pictures of each task")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="1 is none; several: a line each")
     parser.add_argument("--steps", type=int, default=20, help="steps of Adams-Bashforth, of second order")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    parser.add_argument("--shift", type=float, default=argparse.SUPPRESS, help="time shift of the sampler (that of the run's sample grids)")
+    parser.add_argument("--shift", type=float, help="time shift of the sampler (that of the run's sample grids)")
     parser.add_argument("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
     parser.add_argument("--out", default="scenes.json", help="every prompt and its verdict")
     args = parser.parse_args(argv)

@@ -703,10 +703,13 @@ def cli(main: Callable) -> None:
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     "Help with the defaults, where there are any to be said."
-    def _get_help_string(self, action): return action.help if action.default == "" else super()._get_help_string(action)
+    def _get_help_string(self, action): return action.help if action.default in ("", None) else super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
-    "argparse whose complaints are one line, with the nearest flag for one that it does not know."
+    "argparse for `python -m deco.<command>`: complaints are one line, with the nearest flag for one that it does not know."
+    def __init__(self, command: str, **texts):
+        super().__init__(prog=f"python -m deco.{command}", formatter_class=Help, allow_abbrev=False, **texts)
+
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
@@ -715,7 +718,7 @@ class Parser(argparse.ArgumentParser):
 # %% ../nbs/07_train.ipynb #t072
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
     "Command line to settings: defaults, then the preset, then --smoke, then what the flags say. Also: is it a dry run?"
-    parser = Parser(prog="python -m deco.train", formatter_class=Help, allow_abbrev=False,
+    parser = Parser("train",
         description="Train DeCo. Without flags: a small model on OpenMoji at 32 pixels, minutes on two CPU cores. "
                     "The same command again resumes.",
         epilog="examples: python -m deco.train --data photos/ --size 64 --images 500000 --out runs/photos; "
