@@ -40,7 +40,7 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, **hub) -> "Pretrained":
         """The model of a folder or a hub repository "owner/name", for evaluation; `model.info` is what config.json says.
-        "cifar10-toy", "openmoji-toy" (14_ablations), "scenes-toy" and "emoji-toy" (18_scenes) come with deco.
+        "cifar10-toy", "openmoji-toy" (14_ablations), "scenes-toy" and "openmoji-text-toy" (18_scenes) come with deco.
 
         hub: revision, token, cache_dir, local_files_only, ... FileNotFoundError, OSError, ValueError name what is wrong.
         """

@@ -127,10 +127,10 @@ ROWS = {                                                       # label_drop: 0.1
     "deco-xl-512": ("deco-xl", 512, 20 * EPOCH,    0.2, 1.0),  # Table 2: FID 2.22, from the 320 epochs at 256 pixels
 }
 PRESETS = {"openmoji": {}, "cifar10": dict(data="cifar10", out="runs/cifar10", images=128_000)}
-TOLD = dict(text="minilm", text_length=32, flip=False)                      # small language model, no download
+TOLD = dict(text="minilm", text_length=32, flip=False,                      # a small language model, no download
+            model_args="patch_size=4,width=128,heads=2,text_depth=1,decoder_width=16")
 PRESETS |= {"openmoji-text": TOLD | dict(out="runs/openmoji-text", images=256_000),
-            "scenes": TOLD | dict(data="scenes", out="runs/scenes", images=192_000, shift=2.0, sample_shift=2.0,
-                                  model_args="patch_size=4,width=128,heads=2,text_depth=1,decoder_width=16")}
+            "scenes": TOLD | dict(data="scenes", out="runs/scenes", images=384_000, warmup=0.025, shift=2.0, sample_shift=2.0)}
 PRESETS |= {name: PAPER | dict(zip(COLUMNS, row)) | dict(out=f"runs/{name}") for name, row in ROWS.items()}
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
 T2I = PAPER | dict(data="data/blip3o", text="Qwen/Qwen3-1.7B", text_length=128, model="deco-xxl", beta2=0.95, grad_clip=1.0, label_drop=0.1,
