@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 import deco
 from conftest import run
 from deco import hub, sample
+from deco.data import to_tensor
 from deco.model import Baseline, DeCo, create, load_official, sample_images
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -258,6 +260,19 @@ def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="model.safetensors"): deco.DeCo.from_pretrained(name)
     for outside in ("..", ".", "", "weights"):
         with pytest.raises(OSError): deco.load(outside)
+
+
+@pytest.mark.parametrize("name, thing", [("scenes-toy", "a photo of a {} circle"), ("openmoji-text-toy", "{} heart")])
+def test_models_of_prompts_that_come_with_the_package(name, thing, tmp_path, monkeypatch):
+    "By name, on the command line: what is asked for in red is red, in blue blue. (No emoji is called red heart.)"
+    monkeypatch.chdir(tmp_path)
+    how = ("--num-images", 4, "--steps", 12, "--solver", "adams")
+    for colour, channel in (("red", 0), ("blue", 2)):
+        assert run(sample, name, "--prompt", thing.format(colour), *how, "--out", colour) == ""
+        x = torch.stack([to_tensor(Image.open(p)) for p in sorted(Path(colour).glob("*.png"))])
+        ahead = x[:, channel] - x[:, [c for c in (0, 2) if c != channel]].amax(1)                  # of the other channel
+        assert ((ahead > 0.5).float().mean((1, 2)) > 0.03).sum() >= 3 and not (ahead < -0.5).float().mean() > 0.01
+    assert (Path(deco.__file__).parent / "weights" / name / "model.safetensors").stat().st_size < 4e6
 
 
 def test_a_model_of_prompts(tmp_path):
