@@ -147,7 +147,7 @@ def save(folder: str | Path, model: DiT, info: dict | None = None) -> None:
     write_atomic(folder / "config.json", lambda p: p.write_text(text))
 
 def run_folder(name: str | Path) -> Path:
-    "The folder of a run, as it is named; for a single word that names none here, such as scenes-toy, that of the model that comes with deco."
+    "The folder of a run; for one word that names no run here, such as scenes-toy, that of the model that comes with deco."
     path, own, known = Path(name), Path(str(files("deco"))) / "weights" / Path(name), lambda p: (p / "config.json").exists()
     return own if len(path.parts) == 1 and known(own) and not known(path) else path
 
