@@ -149,7 +149,7 @@ def arguments() -> argparse.ArgumentParser:
         epilog="examples: python -m deco.evaluate runs/openmoji --num-images 10000 --extractor efficientnet-lite0; "
                "python -m deco.evaluate --samples a.npz --reference adm.npz; python -m deco.evaluate --compare runs/a runs/b")
     add = parser.add_argument
-    add("run", nargs="?", default="", help="folder of a run of deco.train")
+    add("run", nargs="?", default="", help="folder of a run of deco.train, or a model that comes with deco, such as openmoji-toy")
     add("--samples", default="", metavar="PATH", help="take these images, an .npz (ADM's format) or a folder")
     add("--compare", nargs=2, metavar=("A", "B"), help="two reports side by side: runs, or their folders")
     add("--out", default="", help="folder of the report (default: RUN/evaluation; of a comparison: comparison)")

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -754,7 +755,7 @@ def main(argv: list[str] | None = None) -> None:
     if place()[0]: return
     made = ("samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl")
     print("made:", *(f"  {folder / name}" for name in made), sep="\n")
-    what = "--prompt 'red heart'" if cfg.text else "--classes 0,1,2,3"
+    what = f"--prompt {shlex.quote(read_json(folder / 'config.json')['prompts'][0])}" if cfg.text else "--classes 0,1,2,3"
     print(f"next:\n  python -m deco.sample {folder} {what} --seed 1 --out grid.png\n  python -m deco.train --help")
 
 if __name__ == "__main__" and "__file__" in globals(): cli(main)
