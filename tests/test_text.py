@@ -181,8 +181,9 @@ def test_a_run(told):
     info = json.loads((told / "config.json").read_text())
     assert info["text"] == dict(name="minilm", length=32, official=False) and len(info["prompts"]) == 64
     assert json.loads((told / "log.jsonl").read_text().splitlines()[-1])["captions"]["prompts"] > 2000
-    assert "is done" in subprocess.run([sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--out", told,
-                                        "--data-root", info["train"]["data_root"]], capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--out", told,
+                           "--data-root", info["train"]["data_root"]], capture_output=True, text=True).stdout
+    assert "is done" in said and f"--prompt '{info['prompts'][0]}' --seed 1" in said                 # the next command, in words that it knows
     assert "--text minilm (now )" in run(training, "--preset", "openmoji", "--smoke", "--out", told)
 
 
