@@ -225,6 +225,19 @@ def test_function_of_seed_and_index(tmp_path):
     with pytest.raises(ValueError, match="scenes-32.safetensors holds 13 scenes, not 14"): module.scenes(32, tmp_path, num=14, seed=3)
 
 
+@pytest.mark.parametrize("change", [dict(seed=4), dict(red=(210, 30, 30)), dict(plural="three crosss")])
+def test_no_scenes_of_another_seed_or_version(tmp_path, monkeypatch, change):
+    "A cache that this version would not draw is not trained on in silence."
+    module.scenes(32, tmp_path, num=60, seed=3)
+    module.scenes(32, tmp_path, num=60, seed=3)
+    if "red" in change: monkeypatch.setitem(COLOURS, "red", change["red"])
+    if "plural" in change:
+        monkeypatch.setattr(module, "many", lambda n, noun: f"{module.NUMBERS[n]} {noun}s")
+        for kept in ("asks", "prompts"): monkeypatch.setattr(module, kept, getattr(module, kept).__wrapped__)
+    with pytest.raises(ValueError, match="scenes-32.safetensors holds scenes of another seed or version: remove it"):
+        module.scenes(32, tmp_path, num=60, seed=change.get("seed", 3))
+
+
 @pytest.mark.parametrize("size", [24, 32, 128])
 def test_nothing_there(size):
     "Blank, black, white, noise of three kinds, one pixel: never right, never an exception or a warning."
