@@ -134,8 +134,8 @@ def unpacked(source: str | Path, root: str | Path) -> str:
     key = repr([(p, os.stat(p).st_mtime_ns) for p in files])
     folder = Path(root) / f"parquet-{blake2b(key.encode(), digest_size=8).hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in progress(files):
-        tar = folder / f"{Path(path).stem}.tar"
+    for k, path in enumerate(progress(files)):                                  # of several folders, names may be the same
+        tar = folder / f"{k:05}-{Path(path).stem}.tar"
         if not tar.exists(): write_atomic(tar, lambda p: to_tar(path, p))
     return str(folder)
 

@@ -130,6 +130,7 @@ def load_index(source: str | Path, root: str | Path = "data", labelled: bool = T
     except (OSError, SafetensorError, KeyError, TypeError, ValueError): pass
     for p in shards or [source]:
         if not os.path.exists(p): raise FileNotFoundError(f"no {p}: give an image folder, tar shards, 'openmoji' or 'cifar10'")
+        if not shards and not os.path.isdir(p): raise ValueError(f"{p} is no folder and no .tar: unpack it; parquet needs --text")
     bases = [[shard, os.stat(shard).st_mtime_ns] for shard in shards]
     rows = ((name, group, s, *place) for s, shard in enumerate(progress(shards)) for name, group, *place in members(shard))
     rows = ((name, group if labelled else None, *place) for name, group, *place in (rows if shards else walk(source, bases, progress)))

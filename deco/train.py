@@ -61,7 +61,7 @@ def setting(default, group: str, help: str, rule: tuple | None = None):
 @dataclass
 class Config:
     "Every setting of a run, with its default: the preset `openmoji`."
-    data: str = setting("openmoji", "data", "'openmoji', 'cifar10', or the path of an image folder (sub-folders: classes) or of tar shards")
+    data: str = setting("openmoji", "data", "'openmoji', 'cifar10', 'scenes', or a path: images (sub-folders: classes), tars, parquet")
     data_root: str = setting("data", "data", "where named data sets and indices are kept")
     size: int = setting(32, "data", "image size in pixels, a multiple of the model's patch size", AT_LEAST_1)
     flip: bool = setting(True, "data", "mirror half of the images, where the data allow it")

@@ -63,6 +63,8 @@ def test_parquet(as_struct, tmp_path):
     (tmp_path / "set").mkdir()
     pq.write_table(table, tmp_path / "set" / "0.parquet")
     for source in (tmp_path / "set", tmp_path / "set" / "0.parquet", tmp_path / "set" / "*.parquet"): check(open_captioned(source, 16, tmp_path / "cache"))
+    for n in "ab": (tmp_path / "sets" / n).mkdir(parents=True), pq.write_table(table, tmp_path / "sets" / n / "0.parquet")
+    assert len(open_captioned(tmp_path / "sets" / "*" / "0.parquet", 16, tmp_path / "cache")) == 2 * len(GOOD)
     pq.write_table(pa.table(dict(pixels=[1])), tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     for name, said in (("other", "has the columns pixels"), ("broken", "no parquet file")):

@@ -164,10 +164,12 @@ def test_nothing_readable(tmp_path, workers):
 
 
 @pytest.mark.parametrize("name, size, error", [("nowhere", 16, "no .*nowhere: give"), ("empty", 16, "no image in .*empty"), ("images", 0, "size must be"),
-                                               ("x-{000..001}.tar", 16, "no .*x-000.tar: give"), ("x-*.tar", 16, "no .*x-.*tar: give"), ("bare.tar", 16, "no image in .*bare.tar")])
+                                               ("x-{000..001}.tar", 16, "no .*x-000.tar: give"), ("x-*.tar", 16, "no .*x-.*tar: give"), ("bare.tar", 16, "no image in .*bare.tar"),
+                                               ("pictures.zip", 16, "pictures.zip is no folder and no .tar: unpack it")])
 def test_errors(name, size, error, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     make_tar(tmp_path / "bare.tar", {"readme.md": b"hello"})
+    (tmp_path / "pictures.zip").write_bytes(b"PK")
     with pytest.raises((ValueError, OSError), match=error) as e: open_data(str(tmp_path / name), size, tmp_path / "cache")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "cache").exists()
