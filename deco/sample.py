@@ -179,18 +179,20 @@ def prepare(args: argparse.Namespace) -> tuple[DiT, dict, list[int], dict, dict]
     if "size" not in info: raise ValueError(f'{run / "config.json"} names no image size: add "size": PIXELS to it')
     if args.size: info["size"] = args.size[0] if len(args.size) == 1 else args.size
     if args.size and len(args.size) > 2: raise ValueError(f"--size takes one number, or height and width, not {args.size}")
+    (weak, known), key = load(args.weak) if args.weak else (None, {}), "text" if "text" in info else "classes"
+    if weak and (weak.num_classes != model.num_classes or known.get(key, info.get(key)) != info.get(key, known.get(key))):
+        raise ValueError(f"--weak {args.weak} knows other classes or words than {args.run}: give a run on the same data")
     info = {"classes": [str(i) for i in range(model.num_classes)]} | info
     text = read_prompts(args, info, device)
     chosen = pick_classes(args.classes, info["classes"]) if args.classes else list(range(len(info["classes"])))
     labels = pick_labels(args.num_images, chosen, args.labels, args.seed, info.get("class_counts"))
-    weak = load(args.weak)[0].to(device) if args.weak else None
     solver = {k: getattr(args, k) for k in ("steps", "solver", "order", "guidance", "interval", "shift")}
     settings = dict(run=args.run, weights=weights_hash(run / file), images_seen=info.get("images_seen"), ema_decay=decay,
                     num=len(labels), seed=args.seed, labels=args.labels, classes=[info["classes"][i] for i in chosen],
                     size=info["size"], batch_size=args.batch_size, **solver,
                     weak=weights_hash(run_folder(args.weak) / "model.safetensors") if weak else None)
     if text: settings["negative"] = args.negative
-    return model.to(device), info, labels, solver | dict(weak=weak) | text, settings
+    return model.to(device), info, labels, solver | dict(weak=weak and weak.to(device)) | text, settings
 
 def write_set(model: DiT, labels: list[int], out: Path, solver: dict, settings: dict) -> str:
     "A folder of PNGs, for a name in .npz that file too; alone or as a process of torchrun. Returns what to say of it."
@@ -212,9 +214,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.suffix != ".png": return print(write_set(model, labels, out, solver, settings))
     images = sample_images(model, labels, info["size"], seed=args.seed, batch_size=args.batch_size, **solver)
-    names = [info["classes"][i] for i in labels] if args.names else None
+    names = [info["classes"][i] for i in labels]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, lambda p: make_grid(images, args.columns, args.scale, names).save(p, "PNG"))
-    print(f"{out}: {len(images)} images of {', '.join(settings['classes'])}")
+    write_atomic(out, lambda p: make_grid(images, args.columns, args.scale, names if args.names else None).save(p, "PNG"))
+    shown = list(dict.fromkeys(names))
+    print(f"{out}: {len(images)} images of {', '.join(shown[:10])}" + f" and {len(shown) - 10} more" * (len(shown) > 10))
 
 if __name__ == "__main__" and "__file__" in globals(): cli(main)

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from .data import progress
@@ -36,7 +37,7 @@ def language_model(name: str, device: str):
     kind, shows = torch.bfloat16 if device.startswith("cuda") else torch.float32, logging.is_progress_bar_enabled()
     if not sys.stderr.isatty(): logging.disable_progress_bar()
     try: tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=kind)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise FileNotFoundError(f"no language model {name} ({reason}): give 'minilm', a folder for transformers, or a hub id") from None
     finally:

@@ -90,7 +90,7 @@ def test_problems(prompts):
     assert "stray.png does not belong" in said and "is not the metadata" in said and "no whole picture" in said
 
 
-@pytest.mark.parametrize("content", ["a photo", '{"tag": "x"}', '{"prompt": "", "tag": "x"}', "[1]"])
+@pytest.mark.parametrize("content", ["a photo", '{"tag": "x"}', '{"prompt": "", "tag": "x"}', '{"prompt": 5, "tag": "x"}', "[1]"])
 def test_broken_prompts(content, tmp_path, told):
     (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]) + "\n" + content)
     assert "line 2" in run(geneval, told, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "o")
@@ -98,6 +98,10 @@ def test_broken_prompts(content, tmp_path, told):
     assert "no .txt" in run(geneval, told, "--prompts", tmp_path / "empty", "--out", tmp_path / "o")
     (tmp_path / "empty" / "a.txt").write_text(" ")
     assert "a.txt is empty" in run(geneval, told, "--prompts", tmp_path / "empty", "--out", tmp_path / "o")
+    for path, content, said in ((tmp_path / "p.jsonl", b"", "p.jsonl is empty"), (tmp_path / "p.jsonl", b"\xff", "p.jsonl is not UTF-8"),
+                                (tmp_path / "empty" / "a.txt", b"\xff", "a.txt is not UTF-8")):
+        path.write_bytes(content)
+        assert said in run(geneval, told, "--prompts", path if path.suffix == ".jsonl" else path.parent, "--out", tmp_path / "o")
 
 
 def test_a_model_of_classes(tmp_path, prompts):

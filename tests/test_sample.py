@@ -88,6 +88,18 @@ def test_the_shift_is_that_of_the_run(trained, tmp_path):
     assert draw(trained, tmp_path / "d") == "" and shift("d") == 1.0
 
 
+def test_a_weak_model_knows_the_same(trained, tmp_path):
+    "Autoguidance takes a run on the same data, and no other."
+    assert draw(trained, tmp_path / "x.png", "--weak", trained) == ""
+    for one, other in ((trained, "scenes-toy"), (trained, "cifar10-toy"), ("openmoji-toy", "cifar10-toy"), ("scenes-toy", "cifar10-toy")):
+        assert f"--weak {other} knows other classes or words" in draw(one, tmp_path / "x.png", "--weak", other)
+
+
+def test_long_lists_of_prompts_are_cut(tmp_path, capsys):
+    assert run(sampling, "scenes-toy", "--num-images", 12, "--steps", 1, "--out", tmp_path / "x.png") == ""
+    assert capsys.readouterr().out.strip().endswith(" and 2 more")
+
+
 def test_random_labels_are_what_they_were():
     "The labels of sets that exist: drawn with torch alone."
     def label(i):

