@@ -94,9 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--device", default="auto", help="'auto' (cuda, mps or cpu), or a name such as cuda:1")
     args = parser.parse_args(argv)
+    if not 0 <= args.port < 2**16: raise ValueError(f"--port must be from 0 to 65535, not {args.port}")
     device = pick_device(args.device)
     model = Pretrained.from_pretrained(args.run).to(device)
     if "size" not in model.info: raise ValueError(f'the config.json of {args.run} names no image size: add "size": PIXELS to it')
-    page(model, args.run, device).launch(server_name=args.host, server_port=args.port)
+    try: page(model, args.run, device).launch(server_name=args.host, server_port=args.port)
+    except OSError: raise OSError(f"cannot listen on {args.host}, port {args.port}: choose another --port, or --host") from None
 
 if __name__ == "__main__" and "__file__" in globals(): cli(main)

@@ -100,6 +100,10 @@ def test_complaints_stand_on_the_page(page, fields, said):
 def test_the_command():
     assert "nowhere" in run(demo, "nowhere/at-all", "--device", "cpu")
     assert "--device" in run(demo, "scenes-toy", "--device", "abacus")
+    assert "--port must be" in run(demo, "scenes-toy", "--port", 65536)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0)), taken.listen()
+        assert "choose another --port" in run(demo, "scenes-toy", "--port", taken.getsockname()[1])
 
 
 def test_it_listens_on_this_machine_alone(address):
