@@ -23,6 +23,7 @@ from .data import load_data, to_uint8
 from .evaluate import table
 from .metrics import Extractor, compare, extractor, reference_statistics, statistics
 from .model import read_json, sample_images, write_atomic
+from .sample import at_least
 from .train import Config, Parser, Run, checkpoints, cli, flops_per_image, pick_device, read_log, restore, train
 from .train import parse as train_settings
 
@@ -224,10 +225,10 @@ def arguments() -> argparse.ArgumentParser:
     add("table", choices=TABLES, help="which rows: the paper's Table 1 or 4, what it leaves open, or the learning rate")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help="only these rows (default: all of the table)")
     add("--seeds", type=seeds, default="3", help="how many seeds of each row, 0, 1, ...; or which, as in 0,2 (one alone: 2,)")
-    add("--checkpoints", type=int, default=2, help="points of a run at which it is measured")
-    add("--num-images", type=int, default=1000, help="samples at each point")
-    add("--steps", type=int, default=12, help="steps of the sampler (Adams-Bashforth of order 2, no guidance)")
-    add("--sample-seed", type=int, default=1, help="seed of the samples' noise")
+    add("--checkpoints", type=at_least(1), default=2, help="points of a run at which it is measured")
+    add("--num-images", type=at_least(4), default=1000, help="samples at each point")
+    add("--steps", type=at_least(1), default=12, help="steps of the sampler (Adams-Bashforth of order 2, no guidance)")
+    add("--sample-seed", type=at_least(0), default=1, help="seed of the samples' noise")
     add("--extractor", choices=("classifier", "efficientnet-lite0", "inception"), default="efficientnet-lite0", help="FID's network")
     add("--extractor-weights", default="", metavar="FILE", help="weights of the extractor; the classifier needs them")
     add("--out", default="runs/ablate", help="where the runs are kept, shared by all tables")
@@ -241,9 +242,6 @@ def main(argv: list[str] | None = None) -> None:
     names, path = list(args.rows or TABLES[args.table]), Path(args.results) / f"{args.table}.csv"
     foreign = [name for name in names if name not in TABLES[args.table]]
     if foreign: raise ValueError(f"--rows {' '.join(foreign)}: not in {args.table}, which has {', '.join(TABLES[args.table])}")
-    for flag in ("checkpoints", "steps"):
-        if getattr(args, flag) < 1: raise ValueError(f"--{flag} must be at least 1, not {getattr(args, flag)}")
-    if args.num_images < 4: raise ValueError(f"--num-images must be at least 4, not {args.num_images}")
     base, _ = train_settings([*BASE, *rest])
     if base.images % (args.checkpoints * base.batch_size):
         raise ValueError(f"--images {base.images} is no multiple of --checkpoints {args.checkpoints} x --batch-size {base.batch_size}")
