@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     model = Pretrained.from_pretrained(args.run).to(device)
     if "size" not in model.info: raise ValueError(f'the config.json of {args.run} names no image size: add "size": PIXELS to it')
-    try: page(model, args.run, device).launch(server_name=args.host, server_port=args.port)
+    blocks = page(model, args.run, device)
+    try: blocks.launch(server_name=args.host, server_port=args.port)
     except OSError: raise OSError(f"cannot listen on {args.host}, port {args.port}: choose another --port, or --host") from None
 
 if __name__ == "__main__" and "__file__" in globals(): cli(main)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 import pytest
+import deco
 from conftest import run
 from deco import demo
 
@@ -97,9 +98,11 @@ def test_complaints_stand_on_the_page(page, fields, said):
     assert drawn(page)                                                          # and then it goes on
 
 
-def test_the_command():
+def test_the_command(tmp_path):
     assert "nowhere" in run(demo, "nowhere/at-all", "--device", "cpu")
     assert "--device" in run(demo, "scenes-toy", "--device", "abacus")
+    deco.save(tmp_path, deco.create("deco-tiny", text_width=384, text_length=16), dict(size=16, text=dict(name=str(tmp_path), length=16), prompts=["x"]))
+    assert "no language model" in run(demo, tmp_path, "--device", "cpu")
     assert "--port must be" in run(demo, "scenes-toy", "--port", 65536)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0)), taken.listen()
