@@ -19,13 +19,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from torch import Tensor
-from .data import load_data, to_uint8
-from .evaluate import table
-from .metrics import Extractor, compare, extractor, reference_statistics, statistics
-from .model import read_json, sample_images, write_atomic
+from .config import Config, parse as train_settings
+from .core import Parser, pick_device, read_json, run_command, table, write_atomic
+from .data import to_uint8
+from .datasets import load_data
+from .metrics import compare, Extractor, load_extractor, reference_statistics, statistics
+from .model import sample_images
+from .plan import flops_per_image
 from .sample import at_least
-from .train import Config, Parser, Run, checkpoints, cli, flops_per_image, pick_device, read_log, restore, train
-from .train import parse as train_settings
+from .train import checkpoints, read_log, restore, Run, train
 
 # %% ../nbs/14_ablations.ipynb #a_blockiness
 def blockiness(images: Tensor, patch_size: int) -> float:
@@ -132,7 +134,7 @@ def work(names: list[str], base: Config, args: argparse.Namespace) -> None:
                 if not ours or (done.exists() and read_json(done)["settings"] == json.loads(json.dumps(asdict(cfg)))): continue
                 print(f"\n{row}, seed {seed}", flush=True)
                 # before the work, so that what is missing is said at once
-                net = net or extractor(args.extractor, args.extractor_weights or None, pick_device(cfg.device))
+                net = net or load_extractor(args.extractor, args.extractor_weights or None, pick_device(cfg.device))
                 train(cfg)
                 key = f"reference-{Path(cfg.data).name}-{cfg.size}.safetensors"
                 if key not in real: real[key] = reference_statistics(load_data(cfg.data, cfg.size, cfg.data_root).pixels, net, out / key)
@@ -255,4 +257,4 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{shown(rows)}\n\nmade: {path}, {path.with_suffix('.png')}")
 
 # %% ../nbs/14_ablations.ipynb #a_end
-if __name__ == "__main__" and "__file__" in globals(): cli(main)
+if __name__ == "__main__" and "__file__" in globals(): run_command(main)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from .dit import RMSNorm, modulate, recomputed
+from .dit import modulate, recomputed, RMSNorm
 
 # %% ../nbs/04_decoder.ipynb #c008
 def pixel_positions(patch_size: int, freqs: int = 8) -> Tensor:

@@ -8,14 +8,14 @@ __all__ = ['LONGEST', 'spectrum', 'snippet', 'drawing', 'page', 'main']
 # %% ../nbs/20_demo.ipynb #w002
 from matplotlib.figure import Figure
 from PIL import Image
+from .core import Parser, pick_device, run_command
 from .data import make_grid
 from .dct import dct_spectrum, rgb_to_ycbcr
 from .dit import DiT
 from .flow import SOLVERS
 from .model import Pretrained, sample_images
 from .sample import usual_shift
-from .text import TextEncoder, sample_prompts
-from .train import Parser, cli, pick_device
+from .text import sample_prompts, TextEncoder
 
 # %% ../nbs/20_demo.ipynb #w003
 LONGEST = 2000                                                                  # characters; far more than a language model is shown
@@ -102,4 +102,4 @@ def main(argv: list[str] | None = None) -> None:
     try: blocks.launch(server_name=args.host, server_port=args.port)
     except OSError: raise OSError(f"cannot listen on {args.host}, port {args.port}: choose another --port, or --host") from None
 
-if __name__ == "__main__" and "__file__" in globals(): cli(main)
+if __name__ == "__main__" and "__file__" in globals(): run_command(main)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECOMPUTE', 'patchify', 'unpatchify', 'RMSNorm', 'rope_table', 'rotate', 'Attention', 'recompute_choice',
-           'recomputed', 'SwiGLU', 'TimeEmbedding', 'modulate', 'normed', 'conditions', 'Block', 'PatchHead', 'DiT']
+           'recomputed', 'SwiGLU', 'TimeEmbedding', 'modulate', 'normed', 'conditions', 'Block', 'is_token', 'Prompts',
+           'PatchHead', 'DiT']
 
 # %% ../nbs/03_dit.ipynb #c002
 import math
@@ -153,6 +154,32 @@ class Block(nn.Module):
                 mask: Tensor | None = None) -> Tensor:
         return recomputed(self.recompute == "blocks", self.inner, x, c, rope, text, mask)
 
+# %% ../nbs/03_dit.ipynb #x003
+def is_token(y: Tensor) -> Tensor:
+    """Which rows of embeddings (B, L, E) are a token's: (B, L) bool. Rows of zeros are padding.
+
+    The first always counts: a prompt without any token has to be something, or nothing could be looked at.
+    """
+    real = (y != 0).any(-1)
+    real[:, 0] = True
+    return real
+
+class Prompts(nn.Module):
+    """Embeddings (B, L, features) as tokens that the blocks of a DiT look at: projected, placed, and refined by `depth` blocks
+    that are trained along. Paper, appendix B. official: padding counts as tokens, as in the authors' code."""
+    def __init__(self, features: int, length: int, depth: int, width: int, heads: int, mlp_ratio: float, recompute: str, official: bool):
+        super().__init__()
+        self.proj, self.norm, self.official = nn.Linear(features, width), RMSNorm(width), official
+        self.positions = nn.Parameter(torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, recompute) for _ in range(depth))
+
+    def forward(self, y: Tensor, c: Tensor, images: int) -> tuple[Tensor, Tensor | None]:
+        "Tokens (B, L, width), and what `images` image tokens may look at, themselves first: (B, 1, 1, images + L) bool, None: all."
+        tokens = self.norm(self.proj(y)) + self.positions[:y.shape[1]]                  # (B, L, D)
+        mask = None if self.official else is_token(y)[:, None, None]                    # (B, 1, 1, L)
+        for block in self.blocks: tokens = block(tokens, c, None, None, mask)
+        return tokens, None if mask is None else F.pad(mask, (images, 0), value=True)
+
 # %% ../nbs/03_dit.ipynb #c035
 class PatchHead(nn.Module):
     "The baseline's head: each token's vector is mapped to the velocity of its whole patch by one modulated Linear."
@@ -191,7 +218,6 @@ class DiT(nn.Module):
         self.patch_size, self.num_classes, self.head_width = patch_size, self.config["num_classes"], width // heads
         self.patch_embed, self.time_embed = nn.Linear(channels * patch_size**2, width), TimeEmbedding(width)
         if text_width:
-            from deco.text import Prompts                                               # which needs this module
             self.prompts = Prompts(text_width, text_length, text_depth, width, heads, mlp_ratio, self.config["recompute"], official_text)
         else: self.label_embed = nn.Embedding(num_classes + 1, width)
         blocks = (Block(width, heads, mlp_ratio, self.config["recompute"], joint=text_width > 0) for _ in range(depth))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ImageFiles', 'given_samples', 'reference_images', 'timed', 'cautions', 'plot_spectra', 'save_spectra',
-           'save_grid', 'text', 'table', 'page', 'markdown', 'arguments', 'parse', 'load_reference', 'evaluate', 'main',
-           'read_report', 'same_yardstick', 'compare_reports']
+           'save_grid', 'markdown', 'arguments', 'parse', 'load_reference', 'evaluate', 'main', 'same_yardstick',
+           'compare_reports']
 
 # %% ../nbs/10_evaluate.ipynb #e56dc54b
 import argparse
@@ -22,11 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from . import __version__
-from .data import list_images, load_data, make_grid, read_image
-from .metrics import compare, extractor, image_batches, reference_statistics, statistics
-from .model import read_json, run_folder, write_atomic
+from .core import (cell, dist_info, memory_mb, page, Parser, pick_device, read_json, read_report,
+                       run_command, table, write_atomic)
+from .data import list_images, make_grid, read_image
+from .datasets import load_data
+from .metrics import compare, image_batches, load_extractor, reference_statistics, statistics
+from .model import run_folder
 from .sample import drawing_arguments, image_path, prepare, write_set
-from .train import Parser, cli, memory_mb, pick_device, place
 
 # %% ../nbs/10_evaluate.ipynb #1b694fdf
 class ImageFiles:
@@ -115,19 +117,6 @@ METRICS = dict(fid="FID (lower is better)", sfid="sFID (lower)", inception_score
                inception_score_std="its standard deviation over ten parts", precision="precision (higher)",
                recall="recall (higher)", spectral_distance_db="spectral distance, dB (lower)")
 
-def text(value) -> str:
-    "A value for people, in a cell of a table: four digits, the first 20 of a list, a dash for None."
-    if isinstance(value, list): return ", ".join(map(text, value[:20])) + f", ... ({len(value)} in all)" * (len(value) > 20)
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")
-
-def table(head: list[str], rows: list[tuple]) -> str:
-    "A table of Markdown."
-    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in [head, ["---"] * len(head), *rows])
-
-def page(title: str, notes: list[str], *parts: str) -> str:
-    "A page of Markdown."
-    return "\n\n".join([f"# {title}", *(f"> Note: {note}" for note in notes), *parts]) + "\n"
-
 def markdown(report: dict) -> str:
     "A report as a page."
     settings, seconds, (name, n, fingerprint) = report["settings"], report["seconds"], report["reference"].values()
@@ -176,7 +165,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def load_reference(args: argparse.Namespace, info: dict, size: int, seconds: dict) -> tuple:
     "The extractor; the reference's statistics, checked; its name; its labels (M,), or None where they are not known."
     with timed(seconds, "load the extractor"):
-        net = extractor(args.extractor, args.extractor_weights or None, pick_device(args.device))
+        net = load_extractor(args.extractor, args.extractor_weights or None, pick_device(args.device))
     with timed(seconds, "features of the reference"):
         source, name, labels = reference_images(args.reference, info, size)
         real = reference_statistics(source, net, Path(args.out) / "reference.safetensors", args.batch_size)
@@ -190,7 +179,7 @@ def load_reference(args: argparse.Namespace, info: dict, size: int, seconds: dic
 
 def evaluate(args: argparse.Namespace) -> dict | None:
     "Draw or read the images, measure them, write and return the report (None but in process 0). args: of `parse`."
-    seconds, out, (rank, world, _), drawn, had = {}, Path(args.out), place(), [], 0
+    seconds, out, (rank, world, _), drawn, had = {}, Path(args.out), dist_info(), [], 0
     if args.samples:
         images, settings = given_samples(Path(args.samples))
         info = read_json(run_folder(args.run) / "config.json") if args.run else {}
@@ -225,26 +214,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.compare: return print(compare_reports(*args.compare, Path(args.out)))
     if not (report := evaluate(args)): return
     for note in report["notes"]: print("note:", note)
-    for k, label in METRICS.items(): print(f"{label:45} {text(report['metrics'][k])}")
+    for k, label in METRICS.items(): print(f"{label:45} {cell(report['metrics'][k])}")
     print(f"N {report['n']}, {report['extractor']}, reference: {report['reference']['name']}; all of it: {args.out}/report.md")
 
-if __name__ == "__main__" and "__file__" in globals(): cli(main)
+if __name__ == "__main__" and "__file__" in globals(): run_command(main)
 
 # %% ../nbs/10_evaluate.ipynb #ca2b54ff
-def read_report(path: str | Path) -> tuple[Path, dict]:
-    "Path and content of a report.json, given by its path, folder or run. FileNotFoundError, ValueError."
-    found = [p for p in (Path(path), Path(path) / "report.json", Path(path) / "evaluation" / "report.json") if p.is_file()]
-    if not found: raise FileNotFoundError(f"no report.json in {path}: make it with python -m deco.evaluate {path}")
-    report = read_json(found[0])
-    if {"metrics", "settings", "spectra", "n", "extractor", "reference"} <= report.keys(): return found[0], report
-    raise ValueError(f"{found[0]} is no report of deco.evaluate: give another, or make it anew")
-
 def same_yardstick(a: dict, b: dict) -> list[str]:
     "ValueError where two reports were measured in different ways; what is not known of one of them comes back as notes."
     x, y = ({"N": r["n"], "extractor": r["extractor"], "reference": r["reference"]["fingerprint"]} |
             {k: r["settings"].get(k) for k in ("labels", "classes", "size")} for r in (a, b))
     unknown = [k for k in x if None in (x[k], y[k])]
-    different = [f"{k} ({text(x[k])[:60]}; {text(y[k])[:60]})" for k in x if k not in unknown and x[k] != y[k]]
+    different = [f"{k} ({cell(x[k])[:60]}; {cell(y[k])[:60]})" for k in x if k not in unknown and x[k] != y[k]]
     if different: raise ValueError(f"the reports can't be compared, they differ in {', '.join(different)}: evaluate both alike")
     return [f"{k} is not known of both: the numbers may not compare" for k in unknown]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .data import generator
+from .core import generator
 
 # %% ../nbs/02_flow.ipynb #c008
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

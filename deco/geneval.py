@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from .data import progress, to_uint8
-from .model import sample_images, write_atomic
+from .core import barrier, dist_info, on_rank0, Parser, process_group, progress, run_command, write_atomic
+from .data import to_uint8
+from .model import sample_images
 from .sample import at_least, claim, drawing_arguments, prepare
-from .train import Parser, by_first, cli, place, processes, summed
 
 # %% ../nbs/19_benchmarks.ipynb #z003
 Item = tuple[str, str, dict | None]                                             # name, prompt, GenEval's metadata (DPG-Bench has none)
@@ -103,7 +103,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.geneval`."
     args = arguments().parse_args(argv)
-    items, n, root, (rank, world, _) = read_items(args.prompts), args.per_prompt, Path(args.out) / "images", place()
+    items, n, root, (rank, world, _) = read_items(args.prompts), args.per_prompt, Path(args.out) / "images", dist_info()
     if args.prompt or args.classes or args.num_images != 1 or args.labels != "balanced":
         raise ValueError("--prompt, --classes, --labels, --num-images: what is drawn is said by --prompts and --per-prompt")
     if items[0][2] is None and n != 4: raise ValueError(f"--per-prompt {n}: DPG-Bench reads four images of a prompt")
@@ -111,14 +111,14 @@ def main(argv: list[str] | None = None) -> None:
     model, info, _, solver, settings = prepare(args)
     if "text" not in info: raise ValueError(f"{args.run} knows classes and no words: give a run that learned from captions")
     todo = [(i, item) for i, item in list(enumerate(items))[rank::world] if not all(p.exists() for p in paths(root, item, n))]
-    with processes("cpu", patience=timedelta(days=7)):
-        if not args.check: by_first(lambda: claim(Path(args.out), settings))
+    with process_group("cpu", patience=timedelta(days=7)):
+        if not args.check: on_rank0(lambda: claim(Path(args.out), settings))
         for i, item in progress([] if args.check else todo):
             images = sample_images(model, [i] * n, info["size"], seed=args.seed, first=n * i, batch_size=args.batch_size, **solver)
             write_item(root, item, to_uint8(images))
-        summed(torch.zeros(1))                                                                      # all are done
+        barrier()                                                                      # all are done
     found = problems(root, items, n, info["size"]) if rank == 0 else []
     if found: raise ValueError(f"{found[0]} ({len(found)} such in {root})")
     if rank == 0: print(f"{root}: {len(items)} prompts, {n} images of {info['size']} pixels each, all there and readable")
 
-if __name__ == "__main__" and "__file__" in globals(): cli(main)
+if __name__ == "__main__" and "__file__" in globals(): run_command(main)

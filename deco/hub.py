@@ -11,10 +11,9 @@ import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from .core import file_hash, page, read_report, table
 from .dit import DiT
-from .evaluate import page, read_report, table
 from .model import load, run_folder, save
-from .sample import weights_hash
 
 # %% ../nbs/11_weights.ipynb #w035
 RECIPE = ("data", "size", "images", "batch_size", "lr", "ema_decay", "label_drop", "freq_weight", "freq_quality", "seed")
@@ -74,7 +73,7 @@ def measured(folder: Path) -> dict:
     settings, name = report["settings"], report["reference"]["name"]
     facts = dict(images=report["n"], extractor=report["extractor"], reference=name)
     how = {k: settings[k] for k in ("labels", "seed", "solver", "steps", "guidance", "interval", "shift") if k in settings}
-    if settings.get("weights") == weights_hash(folder / "model.safetensors"): return report["metrics"] | facts | how
+    if settings.get("weights") == file_hash(folder / "model.safetensors"): return report["metrics"] | facts | how
     warnings.warn(f"{path} is not known to be about these weights, and is left out: evaluate them", stacklevel=4)
     return {}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ImageSet', 'Extractor', 'Classifier', 'small_classifier', 'efficientnet_lite0', 'inception', 'default_weights',
-           'extractor', 'Moments', 'frechet_distance', 'inception_score', 'covered', 'precision_recall', 'spectrum',
-           'spectral_distance', 'npz_images', 'checked', 'image_batches', 'statistics', 'fingerprint',
+           'load_extractor', 'Moments', 'frechet_distance', 'inception_score', 'covered', 'precision_recall',
+           'spectrum', 'spectral_distance', 'npz_images', 'checked', 'image_batches', 'statistics', 'fingerprint',
            'load_statistics', 'adm_statistics', 'reference_statistics', 'compare', 'evaluate_images']
 
 # %% ../nbs/09_metrics.ipynb #c003
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .data import generator, to_float, to_uint8
+from .core import generator, write_atomic
+from .data import to_float, to_uint8
 from .dct import block_dct, rgb_to_ycbcr, zigzag
-from .model import write_atomic
 
 # %% ../nbs/09_metrics.ipynb #c010
 class Extractor:
@@ -100,7 +100,7 @@ def default_weights(name: str) -> Path:
     except (OSError, RuntimeError) as e: raise FileNotFoundError(f"cannot download Inception's weights ({e}): {mend}") from None
     return path
 
-def extractor(name: str, path: str | Path | None = None, device: str = "cpu") -> Extractor:
+def load_extractor(name: str, path: str | Path | None = None, device: str = "cpu") -> Extractor:
     """Extractor "inception", "efficientnet-lite0" or "classifier", with the weights in the file `path` (classifier: needed).
     ValueError for an unknown name, a wrong file or a package that is not installed, FileNotFoundError for no file."""
     loaders = {"inception": inception, "efficientnet-lite0": efficientnet_lite0, "classifier": small_classifier}

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['Size', 'PRECISIONS', 'AGAIN', 'ENCODERS', 'WIDTHS', 'bare', 'dimensions', 'parameters', 'prompts', 'flops',
-           'step_flops', 'activations', 'memory', 'communication', 'plan', 'show', 'text_width', 'cost', 'main']
+           'flops_per_image', 'step_flops', 'activations', 'memory', 'communication', 'plan', 'show', 'text_width',
+           'cost', 'main']
 
 # %% ../nbs/13_plan.ipynb #p002
 import math
 from pathlib import Path
 import torch
+from .config import parse
+from .core import Parser, read_json, run_command
+from .datasets import NAMED
 from .dit import DiT
-from .model import COLUMNS, SIZES, build, model_args, read_json
+from .model import COLUMNS, SIZES, build, model_args
 
 # %% ../nbs/13_plan.ipynb #p008
 Size = int | tuple[int, int]                                # pixels: a square's side, or (H, W)
@@ -60,6 +64,14 @@ def flops(config: dict, size: Size) -> dict[str, int]:
             "modulation": L * 12 * D**2 + 2 * (256 + D) * D,                 # once per image; with the time's embedding
             "head": 2 * N * D * P2 * d if d else 4 * D**2 + 2 * N * D * C * P2,
             "pixel decoder": N * P2 * (4 * C * d + n * 10 * d**2)}
+
+# %% ../nbs/13_plan.ipynb #p016flops
+def flops_per_image(model: DiT, size: int) -> int:
+    "FLOPs of a training step per image, counted by torch: a forward pass, and a backward pass of twice that."
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build(model.config)(torch.empty(1, 3, size, size), torch.empty(1), model.blank(1))
+    return 3 * counter.get_total_flops()
 
 # %% ../nbs/13_plan.ipynb #p016
 AGAIN = {"none": (), "cheap": ("pixel decoder",),           # what the backward pass computes again
@@ -175,7 +187,7 @@ def text_width(name: str) -> int:
 
 def cost(cfg, **machine) -> str:
     "The plan, to read, of a run with a `deco.train.Config`; machine: gpus, tflops, bandwidth and capacity of `plan`."
-    classes = 10 if cfg.data in ("openmoji", "cifar10") else 1000
+    classes = NAMED[cfg.data].classes if cfg.data in NAMED else 1000
     config = dict(zip(COLUMNS, SIZES[cfg.model])) | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.text: config |= dict(text_width=text_width(cfg.text), text_length=cfg.text_length)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
@@ -187,7 +199,6 @@ def cost(cfg, **machine) -> str:
 # %% ../nbs/13_plan.ipynb #p055
 def main(argv: list[str] | None = None) -> None:
     "The command `python -m deco.plan`."
-    from deco.train import Parser, parse
     parser = Parser("plan", description="What a training run will cost, before it is started. Its settings: all flags of deco.train.")
     texts = dict(gpus="processes, one GPU each", tflops="TFLOP/s that a GPU achieves: 0.4 of an A800's 312 in bf16, an assumption",
                  bandwidth="GB/s that a GPU sends: an assumption", capacity="GB of a GPU's memory")
@@ -197,6 +208,4 @@ def main(argv: list[str] | None = None) -> None:
     machine, run = parser.parse_known_args(argv)
     print(cost(parse(run)[0], **vars(machine)))
 
-if __name__ == "__main__" and "__file__" in globals():
-    from deco.train import cli
-    cli(main)
+if __name__ == "__main__" and "__file__" in globals(): run_command(main)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Projector', 'repa_loss', 'Encoder', 'dino_input', 'dino_positions', 'dinov2', 'efficientnet', 'default_path',
-           'encoder']
+           'load_encoder']
 
 # %% ../nbs/06_repa.ipynb #a002
 import hashlib
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
+from .core import fill, read_checkpoint
 from .metrics import default_weights
-from .model import fill, read_checkpoint
 
 # %% ../nbs/06_repa.ipynb #a019
 class Projector(nn.Sequential):
@@ -108,7 +108,7 @@ def default_path(name: str) -> Path:
     except Exception as e:                                               # whatever the network does to it
         raise OSError(f"no dinov2-b from the hub ({type(e).__name__}): give the path of {hub}'s model.safetensors or Meta's .pth") from None
 
-def encoder(name: str, path: str | Path | None = None, device: str = "cpu") -> Encoder:
+def load_encoder(name: str, path: str | Path | None = None, device: str = "cpu") -> Encoder:
     """The encoder "dinov2-b" (the paper's) or "efficientnet-lite0" (no download), with the weights in the file `path`, never run as code.
 
     ValueError for an unknown name or a wrong file, FileNotFoundError, ImportError saying what to install, OSError without a network.

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from deco.train import cli
+from deco.core import run_command
 
 sys.path.insert(0, str(Path(__file__).parent))       # tests/naive.py
 
 
 def run(command, *argv) -> str:
     "Run a command's main in this process; its one-line error, or '' where all went well."
-    try: cli(lambda: command.main([str(a) for a in argv]))
+    try: run_command(lambda: command.main([str(a) for a in argv]))
     except SystemExit as e:
         assert e.code not in (0, None)
         assert "\n" not in str(e.code), "more than one line"

@@ -5,7 +5,7 @@
 """
 import sys
 from pathlib import Path
-from deco import evaluate, sample, train
+from deco import config, core, evaluate, sample, train
 
 CLASSIFIER = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
 
@@ -19,7 +19,7 @@ def smoke(preset: str, folder: Path, parallel: str) -> None:
     drawn = ["--num-images", "6", "--steps", "2", "--device", "cpu"]
     sample.main([str(out), *drawn, "--out", str(folder / f"{preset}-samples")])
     evaluate.main([str(out), *drawn, "--extractor", "classifier", "--extractor-weights", str(CLASSIFIER)])
-    train.by_first(lambda: complete(out, folder / f"{preset}-samples"))         # the first process writes the report
+    core.on_rank0(lambda: complete(out, folder / f"{preset}-samples"))         # the first process writes the report
 
 
 def complete(out: Path, samples: Path) -> None:
@@ -29,6 +29,6 @@ def complete(out: Path, samples: Path) -> None:
 
 
 if __name__ == "__main__":
-    with train.processes("cpu"):                                                # one group for all: torchrun's store is not made for several in turn
-        for i, preset in enumerate(train.PRESETS): smoke(preset, Path(sys.argv[1]), ("ddp", "fsdp")[i % 2])
-    if train.place()[0] == 0: print(f"{len(train.PRESETS)} presets, {train.place()[1]} processes")
+    with core.process_group("cpu"):                                                # one group for all: torchrun's store is not made for several in turn
+        for i, preset in enumerate(config.PRESETS): smoke(preset, Path(sys.argv[1]), ("ddp", "fsdp")[i % 2])
+    if core.dist_info().rank == 0: print(f"{len(config.PRESETS)} presets, {core.dist_info().world_size} processes")

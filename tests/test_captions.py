@@ -7,7 +7,8 @@ from PIL import Image
 import deco.captions as captions
 from conftest import make_tar, run
 from deco import train as training
-from deco.captions import Captioned, caption, examples, open_captioned
+from deco.captions import caption, Captioned
+from deco.datasets import examples, open_data
 from deco.files import batches
 
 GOOD = {"a.jpg": "red", "b.png": "green", "c.webp": "blue"}
@@ -38,20 +39,20 @@ def check(data):
 
 @pytest.mark.parametrize("kind", ["txt", "json"])
 def test_shards(kind, tmp_path):
-    check(open_captioned(make_tar(tmp_path / "x.tar", samples(kind)), 16, tmp_path / "cache"))
+    check(open_data(make_tar(tmp_path / "x.tar", samples(kind)), 16, tmp_path / "cache", captions=True))
 
 
 def test_txt_goes_before_json(tmp_path):
     both = samples("json") | {k: v for k, v in samples("txt").items() if k.endswith("txt")}
     both["a.json"] = b'{"caption": "something else"}'
-    check(open_captioned(make_tar(tmp_path / "x.tar", both), 16, tmp_path))
+    check(open_data(make_tar(tmp_path / "x.tar", both), 16, tmp_path, captions=True))
 
 
 def test_folders(tmp_path):
     for name, data in samples("txt").items():
         (tmp_path / "photos" / "sub").mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / ("sub" if name[0] == "a" else ".") / name).write_bytes(data)
-    check(open_captioned(tmp_path / "photos", 16, tmp_path / "cache"))
+    check(open_data(tmp_path / "photos", 16, tmp_path / "cache", captions=True))
 
 
 @pytest.mark.parametrize("as_struct", [True, False])
@@ -62,15 +63,15 @@ def test_parquet(as_struct, tmp_path):
                           text=[f"a {c} picture" for c in GOOD.values()]))
     (tmp_path / "set").mkdir()
     pq.write_table(table, tmp_path / "set" / "0.parquet")
-    for source in (tmp_path / "set", tmp_path / "set" / "0.parquet", tmp_path / "set" / "*.parquet"): check(open_captioned(source, 16, tmp_path / "cache"))
+    for source in (tmp_path / "set", tmp_path / "set" / "0.parquet", tmp_path / "set" / "*.parquet"): check(open_data(source, 16, tmp_path / "cache", captions=True))
     for n in "ab": (tmp_path / "sets" / n).mkdir(parents=True), pq.write_table(table, tmp_path / "sets" / n / "0.parquet")
-    assert len(open_captioned(tmp_path / "sets" / "*" / "0.parquet", 16, tmp_path / "cache")) == 2 * len(GOOD)
+    assert len(open_data(tmp_path / "sets" / "*" / "0.parquet", 16, tmp_path / "cache", captions=True)) == 2 * len(GOOD)
     pq.write_table(pa.table(dict(pixels=[1])), tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     for name, said in (("other", "has the columns pixels"), ("broken", "no parquet file")):
-        with pytest.raises(ValueError, match=said): open_captioned(tmp_path / f"{name}.parquet", 16, tmp_path / "cache")
+        with pytest.raises(ValueError, match=said): open_data(tmp_path / f"{name}.parquet", 16, tmp_path / "cache", captions=True)
     pq.write_table(pa.table(dict(image=[pictures[0], None, pictures[2]], text=["a red picture", "nothing", None])), tmp_path / "holes.parquet")
-    data = open_captioned(tmp_path / "holes.parquet", 16, tmp_path / "cache", max_bad=1.0)
+    data = open_data(tmp_path / "holes.parquet", 16, tmp_path / "cache", max_bad=1.0, captions=True)
     assert len(data) == 2 and data.take(torch.arange(2))[1] == ["a red picture"] * 2 and "no caption" in str(data.bad)
 
 
@@ -78,10 +79,10 @@ def test_parquet(as_struct, tmp_path):
 def test_bad_captions_are_replaced_and_counted(what, tmp_path, caplog):
     content, kind = samples("txt") | {"d.jpg": picture("red")}, "json" if "JSON" in what or "without" in what else "txt"
     if BAD[what] is not None: content[f"d.{kind}"] = BAD[what]
-    data = open_captioned(make_tar(tmp_path / "x.tar", content), 16, tmp_path, max_bad=0.5)
+    data = open_data(make_tar(tmp_path / "x.tar", content), 16, tmp_path, max_bad=0.5, captions=True)
     said = data.take(torch.arange(4))[1]
     assert said[3] == said[0] and len(data.bad) == 1 and what in str(data.bad) and "d.jpg" in caplog.text
-    with pytest.raises(ValueError, match=r"bad pictures: 1, .*d.jpg"): open_captioned(tmp_path / "x.tar", 16, tmp_path, max_bad=0.1).take(torch.arange(4))
+    with pytest.raises(ValueError, match=r"bad pictures: 1, .*d.jpg"): open_data(tmp_path / "x.tar", 16, tmp_path, max_bad=0.1, captions=True).take(torch.arange(4))
     assert len(list(data.captions)) == 3
 
 
@@ -97,16 +98,16 @@ def test_damaged_shards(tmp_path, caplog):
     path = make_tar(tmp_path / "x.tar", samples("txt"))
     whole = path.read_bytes()
     path.write_bytes(whole[:whole.index(b"a blue picture")])
-    data = open_captioned(path, 16, tmp_path, max_bad=1.0)
+    data = open_data(path, 16, tmp_path, max_bad=1.0, captions=True)
     assert set(data.take(torch.arange(len(data)))[1]) <= {"a red picture", "a green picture"}
     (tmp_path / "y.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(FileNotFoundError, match="y.tar"): open_captioned(tmp_path / "y.tar", 16, tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"): open_captioned(tmp_path / "nowhere.tar", 16, tmp_path)
+    with pytest.raises(FileNotFoundError, match="y.tar"): open_data(tmp_path / "y.tar", 16, tmp_path, captions=True)
+    with pytest.raises(FileNotFoundError, match="nowhere"): open_data(tmp_path / "nowhere.tar", 16, tmp_path, captions=True)
 
 
 def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
     for s in range(3): make_tar(tmp_path / f"{s}.tar", {f"{s}{k}.{kind}": data for k in range(4) for kind, data in (("jpg", picture("red")), ("txt", f"{s}{k}".encode()))})
-    data = open_captioned(str(tmp_path / "{0..2}.tar"), 8, tmp_path)
+    data = open_data(str(tmp_path / "{0..2}.tar"), 8, tmp_path, captions=True)
     ways = {}
     for workers in (0, 2):
         parts = [[said for _, _, said, _ in batches(data, 0, 0, 24, 6, 3 * rank, 3, workers)] for rank in (0, 1)]
@@ -117,9 +118,9 @@ def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
 
 def test_what_is_found_is_kept_in_a_file(tmp_path, monkeypatch):
     path, cache = make_tar(tmp_path / "x.tar", samples("txt")), tmp_path / "cache"
-    open_captioned(path, 16, cache)
+    open_data(path, 16, cache, captions=True)
     monkeypatch.setattr(captions, "texts", lambda shard: pytest.fail("read again"))
-    check(open_captioned(path, 16, cache))
+    check(open_data(path, 16, cache, captions=True))
 
 
 def test_examples(tmp_path):

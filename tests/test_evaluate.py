@@ -15,7 +15,7 @@ from conftest import run
 from deco import evaluate as evaluation
 from deco import sample as sampling
 from deco import train as training
-from deco.evaluate import ImageFiles, cautions
+from deco.evaluate import cautions, ImageFiles
 from deco.metrics import Classifier
 
 

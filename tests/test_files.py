@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from conftest import make_tar
 from deco import files
-from deco.data import Images, batch, image_folder, to_tensor
-from deco.files import Files, batches, decode, open_data
+from deco.data import batch, image_folder, Images, to_tensor
+from deco.datasets import open_data
+from deco.files import batches, decode, Files
 
 
 def picture(k: int, size=(40, 30), mode: str = "RGB") -> Image.Image:
@@ -289,7 +290,7 @@ def test_odd_members(tmp_path, caplog):
     assert [data.path(k) for k in range(len(data))] == [f"{path}/d/fine.png", f"{path}/d/rot.png"]
     assert caplog.text.count("leads out of the archive") == 3 and all(f"left out: {n} in {path}" in caplog.text for n in ("../up.png", "/root.png"))
     with pytest.raises(ValueError, match="t.tar/d/rot.png"): data.take(torch.arange(2))
-    assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "cache"}                                            # nothing was unpacked
+    assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "cache"}                                            # nothing was parquet_to_tars
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b\x08" + bytes(range(256)) * 9)
     with pytest.raises(FileNotFoundError, match="no image in .*zipped.tar"): Files(tmp_path / "zipped.tar", 16, tmp_path / "cache")
     assert "no whole tar" in caplog.text and "zipped.tar" in caplog.text
@@ -319,7 +320,7 @@ def test_workers_change_nothing(data):
     assert alone == fingerprint(batches(data, 3, 0, 56, 8, workers=2))
     assert [k for k, *_ in alone] == list(range(0, 56, 8))
     for k, p, l, bad in batches(data, 3, 0, 56, 8):
-        pixels, labels = batch(data, 3, k, 8)
+        pixels, labels, _ = batch(data, 3, k, 8)
         assert torch.equal(p, pixels) and torch.equal(l, labels) and p.dtype == torch.uint8 and l.dtype == torch.int64
     if isinstance(data, Files): assert sum(len(bad) for *_, bad in alone) in (2, 3, 4, 5) and all(len(b) == 2 for *_, bad in alone for b in bad)
     assert torch.equal(state, torch.get_rng_state()) and not multiprocessing.active_children()
@@ -344,16 +345,16 @@ def test_order_is_what_it_was():
     pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 1, 2).clone()
     pixels[..., 1] += 100
     images = Images(pixels, torch.arange(10), list("0123456789"), [""] * 10, torch.arange(10) % 3 > 0)
-    p, labels = batch(images, 3, 7, 20)
+    p, labels, _ = batch(images, 3, 7, 20)
     assert labels.tolist() == [3, 5, 2, 8, 1, 5, 7, 0, 9, 2, 3, 4, 6, 8, 9, 1, 0, 2, 3, 7]
     assert (p[:, 0, 0, 0] >= 100).int().tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0]
 
 
 def test_flip(folder, tmp_path, monkeypatch):
-    from deco import data as source
+    from deco.datasets import NAMED, Named
     assert not Files(folder, 16, tmp_path, flip=False).can_flip.any() and Files(folder, 16, tmp_path).can_flip.all()
     few = image_folder(folder, 16)
-    monkeypatch.setattr(source, "openmoji", lambda size, root: few)
+    monkeypatch.setitem(NAMED, "openmoji", Named(lambda size, root: few, 2))
     assert open_data("openmoji", 16) is few and few.can_flip.all()
     assert not open_data("openmoji", 16, flip=False).can_flip.any()
 
@@ -379,7 +380,7 @@ def test_exit_without_closing(folder, tmp_path):
     "Workers ignore the SIGTERM that Python sends at its end, and it would wait for them."
     code = f"""
 import sys, torch
-from deco.files import Files, batches
+from deco.files import batches, Files
 stream = batches(Files({str(folder)!r}, 16, {str(tmp_path)!r}), 0, 0, 80_000, 8, workers=2)
 next(stream)
 if len(sys.argv) > 1: raise KeyboardInterrupt
@@ -390,7 +391,7 @@ if len(sys.argv) > 1: raise KeyboardInterrupt
 
 
 class Threads(Images):
-    def take(self, i): return self.pixels[i], torch.full((len(i),), torch.get_num_threads())
+    def targets(self, i): return torch.full((len(i),), torch.get_num_threads())
 
 
 def test_one_thread_per_worker(folder):
@@ -399,7 +400,7 @@ def test_one_thread_per_worker(folder):
 
 
 class Deadly(Images):
-    def take(self, i): os.kill(os.getpid(), signal.SIGKILL)
+    def read(self, i): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_dead_worker(folder):

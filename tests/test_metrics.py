@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from deco.metrics import (Classifier, Extractor, Moments, compare, evaluate_images, extractor, image_batches, reference_statistics,
-                          statistics)
+from deco.metrics import (Classifier, compare, evaluate_images, Extractor, image_batches, load_extractor,
+                          Moments, reference_statistics, statistics)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(weights): return extractor("classifier", weights)
+def classifier(weights): return load_extractor("classifier", weights)
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +84,22 @@ def test_few_images_are_reported(images, classifier, reference):
 
 
 def test_extractors(weights, tmp_path, monkeypatch):
-    assert "inception" in complaint(extractor, "vgg")
-    assert "path" in complaint(extractor, "classifier")
-    assert "nowhere" in complaint(extractor, "classifier", tmp_path / "nowhere", error=FileNotFoundError)
+    assert "inception" in complaint(load_extractor, "vgg")
+    assert "path" in complaint(load_extractor, "classifier")
+    assert "nowhere" in complaint(load_extractor, "classifier", tmp_path / "nowhere", error=FileNotFoundError)
     (tmp_path / "junk").write_bytes(b"junk" * 100)
-    for name in ("classifier", "efficientnet-lite0", "inception"): assert "junk" in complaint(extractor, name, tmp_path / "junk")
+    for name in ("classifier", "efficientnet-lite0", "inception"): assert "junk" in complaint(load_extractor, name, tmp_path / "junk")
     torch.save(Path("."), tmp_path / "code.pth")                                             # an object, not weights: refused unopened
-    assert "code.pth" in complaint(extractor, "inception", tmp_path / "code.pth")
+    assert "code.pth" in complaint(load_extractor, "inception", tmp_path / "code.pth")
     for package, name in (("torch_fidelity", "inception"), ("efficientnet_lite_pytorch", "efficientnet-lite0")):
         for module in [m for m in sys.modules if m.split(".")[0] == package] + [package]: monkeypatch.setitem(sys.modules, module, None)
-        assert "pip install 'deco-diffusion[eval]'" in complaint(extractor, name, weights)
+        assert "pip install 'deco-diffusion[eval]'" in complaint(load_extractor, name, weights)
 
 
 def test_inception_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **kw: (_ for _ in ()).throw(OSError("no route")))
-    assert "no route" in complaint(extractor, "inception", error=FileNotFoundError)
+    assert "no route" in complaint(load_extractor, "inception", error=FileNotFoundError)
 
 
 def test_npz_of_images(images, tmp_path, monkeypatch):

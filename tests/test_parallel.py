@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run
+from deco.config import PRESETS
 from deco import train as training
-from deco.model import read_tensors
+from deco.core import read_tensors
 
 STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0", "--ema-decay", "0.99", "0.9"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -138,11 +139,11 @@ def test_smoke(processes, tmp_path):
         done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=ONE_THREAD)
         assert done.returncode == 0, done.stderr[-3000:]
         said = done.stdout
-    assert f"{len(training.PRESETS)} presets, {processes} processes" in said
+    assert f"{len(PRESETS)} presets, {processes} processes" in said
 
 
 def test_killed():
-    "SIGKILL at random moments; the end is that of an undisturbed run (tests/kill.py says more, and does it twenty times)."
-    done = subprocess.run([sys.executable, str(Path(__file__).parent / "kill.py"), "--kills", "4"], capture_output=True, text=True, env=ONE_THREAD)
+    "SIGKILL at random moments; the end is that of an undisturbed run (tools/kill.py says more, and does it twenty times)."
+    done = subprocess.run([sys.executable, str(Path(__file__).parent.parent / "tools" / "kill.py"), "--kills", "4"], capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["identical"]

@@ -84,7 +84,7 @@ def test_older_names_of_recompute():
 def test_rehearsal(ranks=24):
     "Rank 0 of many, on a fake process group, in a process of its own."
     code = f"import json, rehearse, deco.model as m; print(json.dumps(rehearse.rehearse(dict(zip(m.COLUMNS, m.SIZES['deco-toy'])), 32, {ranks})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent / "tools")
     found = json.loads(done.stdout.splitlines()[-1])
     m, c = memory(named("deco-toy"), 32, 1, parallel="fsdp", gpus=ranks), communication(named("deco-toy"), parallel="fsdp", gpus=ranks)
     assert (found["weights"], found["gradients"], found["moments"]) == (m["weights"], m["gradients"], m["Adam's moments"])
@@ -118,7 +118,7 @@ def test_complaints(flags, flag): assert flag in run(planning, *flags)
 
 
 def test_command(capsys):
-    from deco.train import PRESETS
+    from deco.config import PRESETS
     for preset in PRESETS:
         assert run(planning, "--preset", preset) == ""
         assert "parameters" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from deco.dit import RECOMPUTE
-from deco.model import DeCo, create
+from deco.model import create, DeCo
 
 CASES = ("ddp", "ddp autocast", "fsdp", "fsdp autocast")           # as deco.train wraps a model
 

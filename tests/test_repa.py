@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from deco import repa
-from deco.repa import Encoder, Projector, dino_input, dino_positions, dinov2, encoder, repa_loss
+from deco.repa import dino_input, dino_positions, dinov2, Encoder, load_encoder, Projector, repa_loss
 
 timm = pytest.importorskip("timm")
 GOLDEN = load_file(Path(__file__).parent / "golden" / "repa.safetensors")
@@ -33,7 +33,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    "encoder('dinov2-b') builds the small network."
+    "load_encoder('dinov2-b') builds the small network."
     monkeypatch.setattr(repa, "dinov2", lambda path: dinov2(path, **SMALL))
 
 
@@ -92,7 +92,7 @@ def test_encoder_has_no_gradient():
 @pytest.mark.parametrize("grid", [(4, 4), (4, 3), (2, 6), (7, 7)])
 def test_dinov2(weights, small, grid):
     net, path = weights
-    found = encoder("dinov2-b", path)
+    found = load_encoder("dinov2-b", path)
     x = pixels(16 * grid[0], 16 * grid[1])
     other = timm.create_model("vit_base_patch14_dinov2", num_classes=0, **(SMALL | dict(img_size=tuple(14 * n for n in grid)))).eval()
     other.load_state_dict(net.state_dict() | {"pos_embed": dino_positions(net.pos_embed.data, grid)})
@@ -105,39 +105,39 @@ def test_dinov2(weights, small, grid):
 def test_every_kind_of_file(weights, small, tmp_path, monkeypatch):
     net, path = weights
     torch.save(net.state_dict() | {"mask_token": torch.zeros(1, 24)}, tmp_path / "meta.pth")         # Meta's layout
-    assert torch.equal(encoder("dinov2-b", tmp_path / "meta.pth")(pixels(64, 64), (4, 4)), encoder("dinov2-b", path)(pixels(64, 64), (4, 4)))
+    assert torch.equal(load_encoder("dinov2-b", tmp_path / "meta.pth")(pixels(64, 64), (4, 4)), load_encoder("dinov2-b", path)(pixels(64, 64), (4, 4)))
     for name in ("dinov2-b", "efficientnet-lite0"):
-        assert "nowhere" in complaint(encoder, name, tmp_path / "nowhere", error=FileNotFoundError)
+        assert "nowhere" in complaint(load_encoder, name, tmp_path / "nowhere", error=FileNotFoundError)
         (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])
         (tmp_path / "junk").write_bytes(b"no weights")
         save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-        for wrong in ("cut.safetensors", "junk", "other.safetensors"): assert wrong in complaint(encoder, name, tmp_path / wrong)
+        for wrong in ("cut.safetensors", "junk", "other.safetensors"): assert wrong in complaint(load_encoder, name, tmp_path / wrong)
 
     class Bomb:
         def __reduce__(self): return (Path.touch, (tmp_path / "exploded",))
     torch.save({"state": Bomb()}, tmp_path / "bomb.pth")
-    for name in ("dinov2-b", "efficientnet-lite0"): assert "bomb.pth" in complaint(encoder, name, tmp_path / "bomb.pth")
+    for name in ("dinov2-b", "efficientnet-lite0"): assert "bomb.pth" in complaint(load_encoder, name, tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_names_packages_network(weights, monkeypatch):
-    text = complaint(encoder, "clip")
+    text = complaint(load_encoder, "clip")
     assert "dinov2-b" in text and "efficientnet-lite0" in text
     def offline(*args, **kw): raise ConnectionError("no\nroute")
     monkeypatch.setattr(repa, "hf_hub_download", offline)
-    assert "path" in complaint(encoder, "dinov2-b", error=OSError)
+    assert "path" in complaint(load_encoder, "dinov2-b", error=OSError)
     for name, package in (("dinov2-b", "timm"), ("efficientnet-lite0", "efficientnet_lite_pytorch")):
         monkeypatch.setitem(sys.modules, package, None)
-        assert "[repa]" in complaint(encoder, name, weights[1], error=ImportError)
+        assert "[repa]" in complaint(load_encoder, name, weights[1], error=ImportError)
 
 
 def test_efficientnet():
     "Its map, through the network's own last layers, is what FID's features are made of; a wider image gets a wider grid."
-    from deco.metrics import default_weights, extractor
+    from deco.metrics import default_weights, load_extractor
     net, run, features = repa.efficientnet(default_weights("efficientnet-lite0"))
     net.eval()
     x = pixels(64, 64)
     with torch.no_grad(): pooled = net._swish(net._bn1(net._conv_head(run(x, (7, 7))))).mean((2, 3))
-    assert torch.allclose(pooled, extractor("efficientnet-lite0")(x)["features"], atol=1e-3, rtol=1e-3)
-    found = encoder("efficientnet-lite0")
+    assert torch.allclose(pooled, load_extractor("efficientnet-lite0")(x)["features"], atol=1e-3, rtol=1e-3)
+    found = load_encoder("efficientnet-lite0")
     assert found(pixels(32, 64), (2, 4)).shape == (2, 8, features) == (2, 8, found.features)

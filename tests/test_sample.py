@@ -8,7 +8,8 @@ import deco
 from conftest import run
 from deco import evaluate as evaluation
 from deco import sample as sampling
-from deco.sample import pick_average, pick_labels, weights_hash
+from deco.core import file_hash
+from deco.sample import pick_average, pick_labels
 
 CLASSES = ["blue", "green", "red"]
 
@@ -40,7 +41,7 @@ def test_average(trained, tmp_path):
         out = tmp_path / f"set{len(made)}{len(flags)}{decay}"
         assert draw(trained, out, *flags) == ""
         settings = json.loads((out / "samples.json").read_text())
-        assert settings["ema_decay"] == decay and settings["weights"] == weights_hash(trained / f"{file}.safetensors")
+        assert settings["ema_decay"] == decay and settings["weights"] == file_hash(trained / f"{file}.safetensors")
         made[out] = [p.read_bytes() for p in sorted(out.glob("*.png"))]
     default, first, third = made.values()
     assert default == first != third

@@ -10,10 +10,12 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from conftest import run
-from deco.data import generator, to_float, to_tensor
+from deco.core import generator
+from deco.data import to_float, to_tensor
 import deco.scenes as module
-from deco.scenes import COLOURS, HELD_OUT_PAIRS, HELD_OUT_POSITIONS, SHAPES, TASKS
-from deco.scenes import chance, draw, found, illustration, prompts, scene, score, wanted
+from deco.scenes import chance
+from deco.shapes import (COLOURS, HELD_OUT_PAIRS, HELD_OUT_POSITIONS, SHAPES, TASKS, detect, draw_scene,
+                         prompts, random_scene, scene, score, wanted)
 
 SHAPE = "(circle|square|triangle|cross)"
 CAPTION = re.compile(rf"a photo of (?:a(?: (\w+))?|two|three|four) {SHAPE}(?:e?s)?"
@@ -54,7 +56,7 @@ def test_right(task, size, n):
     "What was drawn is what is found: shapes, colours, places to a third of a pixel, sizes to two thirds. And it scores."
     right = 0
     for s in some(task, n):
-        result = score(draw(s, size), s.caption)
+        result = score(draw_scene(s, size), s.caption)
         right += result["correct"]
         assert result["correct"] == (result["reason"] == "")
         for t in s.things:
@@ -66,8 +68,8 @@ def test_right(task, size, n):
 
 @pytest.mark.parametrize("caption", sum(prompts(True).values(), []))
 def test_right_held_out(caption):
-    s = illustration(caption, generator("scene", 2, caption))
-    assert score(draw(s, 32), caption)["reason"] == ""
+    s = random_scene(caption, generator("scene", 2, caption))
+    assert score(draw_scene(s, 32), caption)["reason"] == ""
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -77,7 +79,7 @@ def test_shuffled(task):
     assert chance(task) == pytest.approx(paper)
     g, right, n, each = generator("shuffled", task), 0, 300, 20
     for s in some(task, n):
-        things = found(draw(s, 32))
+        things = detect(draw_scene(s, 32))
         captions = [prompts()[task][i] for i in torch.randint(len(prompts()[task]), (each,), generator=g)]
         right += sum(not module.fault(things, wanted(c)) for c in captions)
     assert abs(right / (n * each) - paper) < 3 * sqrt(paper * (1 - paper) / (n * each))
@@ -146,7 +148,7 @@ def test_drawn_as_by_pil():
     "The smooth edges are those of averaging a larger picture; at a corner, where half a pixel may stand for a quarter, to 0.25."
     for shape, side in product(SHAPES, (8.5, 11.25)):
         s = module.Scene([module.Thing(shape, "black", 15.125 / 32, 16.5 / 32, side / 32)], 236 / 255, "")
-        error = (draw(s, 32).float() - picture((shape, "black", 15.125, 16.5, side), size=32).float()).abs() / 255
+        error = (draw_scene(s, 32).float() - picture((shape, "black", 15.125, 16.5, side), size=32).float()).abs() / 255
         assert error.mean() < 0.002 and error.max() < 0.26
 
 
@@ -208,7 +210,7 @@ def test_apart(task):
 @pytest.mark.parametrize("noise, blur", [(0.05, 0), (0, 0.7), (0.05, 0.7)])
 def test_spoiled(task, noise, blur):
     "Noise of a twentieth of the range, and a blur, at 32 pixels."
-    right = sum(score(spoiled(draw(s, 32), noise, blur, i), s.caption)["correct"] for i, s in enumerate(some(task, 100)))
+    right = sum(score(spoiled(draw_scene(s, 32), noise, blur, i), s.caption)["correct"] for i, s in enumerate(some(task, 100)))
     assert right >= 97
 
 
@@ -219,7 +221,7 @@ def test_function_of_seed_and_index(tmp_path):
     assert images.labels.tolist() == [*range(6), *range(6), 0] and tuple(images.classes) == TASKS and not images.can_flip.any()
     for i in (0, 7, 12):
         s = scene(TASKS[i % 6], generator("scene", 3, i))
-        assert images.captions[i] == s.caption and torch.equal(images.pixels[i], draw(s, 32))
+        assert images.captions[i] == s.caption and torch.equal(images.pixels[i], draw_scene(s, 32))
     again = module.scenes(32, tmp_path, num=13, seed=3)
     assert (tmp_path / "scenes-32.safetensors").exists() and torch.equal(again.pixels, images.pixels) and again.captions == images.captions
     with pytest.raises(ValueError, match="scenes-32.safetensors holds 13 scenes, not 14"): module.scenes(32, tmp_path, num=14, seed=3)
@@ -263,23 +265,23 @@ def test_unreadable_caption(caption):
 @pytest.mark.parametrize("shape, dtype", [((3, 32, 32), torch.float), ((1, 3, 32, 32), torch.uint8), ((32, 32, 3), torch.uint8),
                                           ((3, 32, 48), torch.uint8), ((), torch.uint8)])
 def test_no_image(shape, dtype):
-    with pytest.raises(ValueError, match=r"uint8 \(3, S, S\)"): found(torch.zeros(shape, dtype=dtype))
+    with pytest.raises(ValueError, match=r"uint8 \(3, S, S\)"): detect(torch.zeros(shape, dtype=dtype))
 
 
 def test_too_small():
-    with pytest.raises(ValueError, match="24 pixels, not 23"): draw(some("colors", 1)[0], 23)
+    with pytest.raises(ValueError, match="24 pixels, not 23"): draw_scene(some("colors", 1)[0], 23)
 
 
 def test_speed():
     "3 ms of a processor for an image at 32 pixels, with as much again for a slow one."
-    pictures = [(draw(s, 32), s.caption) for task in TASKS for s in some(task, 10)]
+    pictures = [(draw_scene(s, 32), s.caption) for task in TASKS for s in some(task, 10)]
     assert min(repeat(lambda: [score(*p) for p in pictures], number=1, repeat=3, timer=process_time)) / len(pictures) < 0.006
 
 
 def test_benchmark_of_one_who_can_draw(monkeypatch):
     "A model that draws what it is told has all right; one that draws what it is told next has next to nothing right."
     import deco.text
-    truth = lambda model, encoder, asked, size, **how: torch.stack([to_float(draw(illustration(c, generator("scene", 5, i, c)), size)) for i, c in enumerate(asked)])
+    truth = lambda model, encoder, asked, size, **how: torch.stack([to_float(draw_scene(random_scene(c, generator("scene", 5, i, c)), size)) for i, c in enumerate(asked)])
     monkeypatch.setattr(deco.text, "sample_prompts", truth)
     for held_out in (False, True):
         rows = module.benchmark(None, None, 30, held_out)

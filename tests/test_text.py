@@ -14,12 +14,12 @@ import deco
 from conftest import run
 from deco import sample as sampling
 from deco import train as training
+from deco.config import PRESETS, Config
 from deco.dit import rope_table
 from deco.flow import sample
 from deco.model import COLUMNS, SIZES
-from deco.plan import activations, flops
+from deco.plan import activations, flops, flops_per_image
 from deco.text import TextEncoder
-from deco.train import PRESETS, Config, flops_per_image
 
 f = load_file(Path(__file__).parent / "golden" / "t2i.safetensors")
 state = {k[6:]: v for k, v in f.items() if k.startswith("state.")}
@@ -175,7 +175,7 @@ def test_missing_language_models(tmp_path, monkeypatch):
 def test_null_is_the_empty_prompt(tmp_path):
     cfg = Config(model="deco-tiny", text="minilm", data_root=str(tmp_path), label_drop=1.0)
     a, b = (training.Run(cfg, 0, "cpu") for _ in range(2))
-    data = deco.captions.open_captioned("openmoji", 16, tmp_path)
+    data = deco.datasets.open_data("openmoji", 16, tmp_path, captions=True)
     for r in (a, b): r.prepare(data)
     pixels = data.pixels[:32]
     rows = [r.prepare(data) or training.update(r, pixels, said, 0)[0]["mse"] for r, said in ((a, data.captions[:32]), (b, [""] * 32))]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 import deco
 from conftest import run
+from deco.config import Config, parse
 from deco import sample as sampling
 from deco import train as training
 
@@ -148,7 +150,7 @@ def test_full_disk(finished, photos, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     before = snapshot(out)
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from deco.train import cli, main; cli(lambda: main(sys.argv[1:]))"
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from deco.core import run_command; from deco.train import main; run_command(lambda: main(sys.argv[1:]))"
     flags = [*SMALL, "--data", str(photos), "--out", str(out), "--images", "128"]
     p = subprocess.run([sys.executable, "-c", limited, *flags], capture_output=True, text=True)
     assert p.returncode == 1 and p.stderr.startswith("error: cannot write") and "000000000096" in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
@@ -247,9 +249,9 @@ def test_import_is_light():
 
 
 def test_help_lists_every_setting(capsys):
-    with pytest.raises(SystemExit): training.parse(["--help"])
+    with pytest.raises(SystemExit): parse(["--help"])
     text = capsys.readouterr().out
-    assert all(f"--{f.name.replace('_', '-')}" in text for f in training.fields(training.Config))
+    assert all(f"--{f.name.replace('_', '-')}" in text for f in fields(Config))
 
 
 def test_dry_run(tmp_path, capsys):

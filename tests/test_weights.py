@@ -14,7 +14,8 @@ import deco
 from conftest import run
 from deco import hub, sample
 from deco.data import to_tensor
-from deco.model import Baseline, DeCo, create, load_official, sample_images
+from deco.model import Baseline, create, DeCo, sample_images
+from deco.official import load_official
 
 GOLDEN = Path(__file__).parent / "golden"
 INFO = dict(size=16, classes=["cats", "dogs | wolves"], train=dict(data="/home/someone/photos", ema_decay=0.995, guidance=2.0, steps=3),

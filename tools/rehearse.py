@@ -1,6 +1,6 @@
 """Rehearse a sharded training step with many ranks in one process: torch's fake process group and fake tensors, no memory, no GPU.
 
-    python tests/rehearse.py --model deco-xl --ranks 64 512       prints one JSON object per number of ranks
+    python tools/rehearse.py --model deco-xl --ranks 64 512       prints one JSON object per number of ranks
 
 Rank 0 builds the model, shards every block and the root (FSDP2), runs forward and backward of one image and steps AdamW. Counted are
 the bytes of its shards, the bytes of the whole tensors that the collectives gather and scatter, and what torch's own memory tracker

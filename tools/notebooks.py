@@ -1,8 +1,8 @@
 """Run the notebooks in place, check that their saved outputs are fresh, render the README.
 
-    python tests/notebooks.py run [nbs/01_dct.ipynb ...]      execute, save outputs, clean
-    python tests/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
-    python tests/notebooks.py readme [--check]                README.md from nbs/index.ipynb
+    python tools/notebooks.py run [nbs/01_dct.ipynb ...]      execute, save outputs, clean
+    python tools/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
+    python tools/notebooks.py readme [--check]                README.md from nbs/index.ipynb
 
 Cells with `#| eval: false` or a flag of `tst_flags` in settings.ini (`slow`, `gpu`) are left as they are, as
 `nbdev_test` leaves them.
@@ -103,7 +103,7 @@ def stale(saved, fresh, rtol: float = 0.02) -> list[str]:
 
 def render_readme() -> str:
     "README.md: the text of index.ipynb, its code as blocks and its printed outputs below."
-    parts = ["<!-- Made from nbs/index.ipynb by `python tests/notebooks.py readme`. Change it there. -->"]
+    parts = ["<!-- Made from nbs/index.ipynb by `python tools/notebooks.py readme`. Change it there. -->"]
     for cell in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells:
         source = "\n".join(l for l in cell.source.splitlines() if not l.startswith("#|")).strip()
         if "#| hide" in cell.source or not source: continue
@@ -122,7 +122,7 @@ def main():
     args = parser.parse_args()
     if args.command == "readme":
         path, text = ROOT / "README.md", render_readme()
-        if args.check: sys.exit(0 if path.read_text() == text else "README.md is not what nbs/index.ipynb gives: run `python tests/notebooks.py readme`")
+        if args.check: sys.exit(0 if path.read_text() == text else "README.md is not what nbs/index.ipynb gives: run `python tools/notebooks.py readme`")
         return path.write_text(text)
     failed = False
     for path in [Path(p) for p in args.paths] or sorted((ROOT / "nbs").glob("*.ipynb")):
@@ -135,7 +135,7 @@ def main():
         else: found = stale(saved, fresh)
         failed |= bool(found)
         print(f"{path.name}: {time.time() - start:.0f} s" + "".join(f"\n  {f}" for f in found), flush=True)
-    sys.exit("saved outputs are not what a run gives: `python tests/notebooks.py run`, then look at them" if failed else 0)
+    sys.exit("saved outputs are not what a run gives: `python tools/notebooks.py run`, then look at them" if failed else 0)
 
 
 if __name__ == "__main__":

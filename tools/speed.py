@@ -1,9 +1,9 @@
 """How fast is `deco`, beside a literal transcription of the paper's equations (tests/naive.py) and beside the machine?
 
-    python tests/speed.py train          one training step of deco-l, 256 pixels, batch 2, float32: time and activation memory
-    python tests/speed.py sample         50 Euler steps at guidance 3.2 on [0.1, 1], deco-l, 256 pixels, batch 1
-    python tests/speed.py toy            a training step of the toy model: its share of the matrix product's rate
-    python tests/speed.py --out nbs/results/speed.json train sample toy      all, kept as JSON
+    python tools/speed.py train          one training step of deco-l, 256 pixels, batch 2, float32: time and activation memory
+    python tools/speed.py sample         50 Euler steps at guidance 3.2 on [0.1, 1], deco-l, 256 pixels, batch 1
+    python tools/speed.py toy            a training step of the toy model: its share of the matrix product's rate
+    python tools/speed.py --out nbs/results/speed.json train sample toy      all, kept as JSON
 
 Both sides run in one process, in turn, on the same weights; each job has a process of its own, so that it does not find the
 heap that another left (freed memory that is kept, or given back and paged in anew, is worth ten per cent on a CPU). On two cores
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-import naive
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import naive                       # noqa: E402
 from deco.dct import frequency_loss, jpeg_weights
 from deco.flow import flow_loss, interpolate, sample, velocity
 from deco.model import create

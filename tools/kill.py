@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments, start it again each time, and compare its end with an undisturbed run's, bit for bit.
 
-    python tests/kill.py --kills 20                                    about five minutes on two cores
-    python tests/kill.py --kills 20 --out nbs/results/07_kill.json     and keep the result
+    python tools/kill.py --kills 20                                    about five minutes on two cores
+    python tools/kill.py --kills 20 --out nbs/results/07_kill.json     and keep the result
 
 A run is tiny and saves every second step. Every other kill waits until it has begun to write a checkpoint.
 """
