@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from deco.core import run_command
 
-sys.path.insert(0, str(Path(__file__).parent))       # tests/naive.py
+for folder in ("tests", "tools"): sys.path.insert(0, str(Path(__file__).parent.parent / folder))
 
 
 def run(command, *argv) -> str:
@@ -35,9 +35,11 @@ def make_tar(path: Path, members: dict[str, bytes]) -> Path:
 def photos(tmp_path_factory):
     "An image folder of two classes, eight small images each."
     root = tmp_path_factory.mktemp("photos")
-    for c, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
-        (root / c).mkdir()
-        for i in range(8): Image.new("RGB", (24 + i, 20), tuple(min(255, v + 5 * i) for v in color)).save(root / c / f"{i}.png")
+    for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
+        (root / name).mkdir()
+        for i in range(8):
+            lighter = tuple(min(255, v + 5 * i) for v in color)
+            Image.new("RGB", (24 + i, 20), lighter).save(root / name / f"{i}.png")
     return root
 
 

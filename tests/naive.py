@@ -1,6 +1,8 @@
-"""DeCo written down once more, as literally as the paper's equations read: the oracle of the tests and the yardstick of
-the speed comparison. Slow on purpose: complex rotary arithmetic, positions concatenated to every pixel, two DCTs, a
-doubled batch at every sampling step. It takes the parameters of a `deco.DeCo` by name and shares no other code with it.
+"""DeCo written down once more, as literally as the paper's equations read.
+
+The oracle of the tests and the yardstick of the speed comparison. Slow on purpose: complex rotary arithmetic,
+positions concatenated to every pixel, two DCTs, a doubled batch at every sampling step. It takes the
+parameters of a `deco.DeCo` by name and shares no other code with it.
 """
 import math
 import torch
@@ -40,8 +42,10 @@ def mlp(p, x):
 
 
 def block(p, x, c, cis, heads):
-    shift1, scale1, gate1, shift2, scale2, gate2 = F.linear(c, p["modulation.weight"], p["modulation.bias"]).chunk(6, -1)
-    x = x + gate1 * attention(sub(p, "attn"), rms_norm(x, p["norm1.weight"]) * (1 + scale1) + shift1, cis, heads)
+    modulation = F.linear(c, p["modulation.weight"], p["modulation.bias"])
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+    normed = rms_norm(x, p["norm1.weight"]) * (1 + scale1) + shift1
+    x = x + gate1 * attention(sub(p, "attn"), normed, cis, heads)
     return x + gate2 * mlp(sub(p, "mlp"), rms_norm(x, p["norm2.weight"]) * (1 + scale2) + shift2)
 
 
@@ -62,7 +66,8 @@ def positions(P):
 
 def decoder(p, pixels, tokens, P):
     "pixels: (M, P*P, C); tokens: (M, D), one row a patch. Eqs. 7-9."
-    M, d = len(pixels), p["input_proj.weight"].shape[0]
+    M = len(pixels)
+    d = p["input_proj.weight"].shape[0]
     pos = positions(P)[None].repeat(M, 1, 1)
     h = F.linear(torch.cat([pixels, pos], -1), p["pixel_embed.weight"], p["pixel_embed.bias"])
     h = F.linear(h, p["input_proj.weight"], p["input_proj.bias"])
@@ -71,7 +76,8 @@ def decoder(p, pixels, tokens, P):
         q = sub(p, f"blocks.{i}")
         shift, scale, gate = F.linear(F.silu(cond), q["modulation.weight"], q["modulation.bias"]).chunk(3, -1)
         u = F.layer_norm(h, (d,), q["norm.weight"], q["norm.bias"], 1e-6) * (1 + scale) + shift
-        u = F.linear(F.silu(F.linear(u, q["mlp.0.weight"], q["mlp.0.bias"])), q["mlp.2.weight"], q["mlp.2.bias"])
+        u = F.silu(F.linear(u, q["mlp.0.weight"], q["mlp.0.bias"]))
+        u = F.linear(u, q["mlp.2.weight"], q["mlp.2.bias"])
         h = h + gate * u
     return F.linear(F.layer_norm(h, (d,), eps=1e-6), p["linear.weight"], p["linear.bias"])
 
@@ -81,22 +87,28 @@ def sub(p, name): return {k[len(name) + 1:]: v for k, v in p.items() if k.starts
 
 def forward(p, config, x, t, y):
     "Velocity of the DeCo with parameters p (by name) and configuration config."
-    (B, C, H, W), P, D, heads = x.shape, config["patch_size"], config["width"], config["heads"]
+    B, C, H, W = x.shape
+    P, D, heads = config["patch_size"], config["width"], config["heads"]
     h, w = H // P, W // P
-    pixels = F.unfold(x, P, stride=P).transpose(1, 2).reshape(B, h * w, C, P * P).transpose(2, 3)   # (B, N, P*P, C)
+    pixels = F.unfold(x, P, stride=P).transpose(1, 2).reshape(B, h * w, C, P * P)
+    pixels = pixels.transpose(2, 3)                                                         # (B, N, P*P, C)
     tokens = F.linear(pixels.reshape(B, h * w, -1), p["patch_embed.weight"], p["patch_embed.bias"])
     time = time_embedding(sub(p, "time_embed"), t)[:, None]
     c = F.silu(time + p["label_embed.weight"][y][:, None])
-    for i in range(config["depth"]): tokens = block(sub(p, f"blocks.{i}"), tokens, c, rotary(h, w, D // heads), heads)
+    for i in range(config["depth"]):
+        tokens = block(sub(p, f"blocks.{i}"), tokens, c, rotary(h, w, D // heads), heads)
     s = F.silu(tokens + time).reshape(B * h * w, D)
-    v = decoder(sub(p, "head"), pixels.reshape(B * h * w, P * P, C), s, P)                          # (M, P*P, C)
+    v = decoder(sub(p, "head"), pixels.reshape(B * h * w, P * P, C), s, P)                  # (M, P*P, C)
     v = v.reshape(B, h * w, P * P, C).transpose(2, 3).reshape(B, h * w, -1).transpose(1, 2)
     return F.fold(v.contiguous(), (H, W), P, stride=P)
 
 
 def ycbcr_dct(x):
     r, g, b = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    x = torch.cat([0.299 * r + 0.587 * g + 0.114 * b, -0.168736 * r - 0.331264 * g + 0.5 * b, 0.5 * r - 0.418688 * g - 0.081312 * b], 1)
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    blue = -0.168736 * r - 0.331264 * g + 0.5 * b
+    red = 0.5 * r - 0.418688 * g - 0.081312 * b
+    x = torch.cat([luma, blue, red], 1)
     n = torch.arange(8).float()
     D = torch.cos(math.pi * (2 * n + 1) * n[:, None] / 16) / 2
     D[0] = 1 / math.sqrt(8)

@@ -1,33 +1,42 @@
-"The rows of the tables: each trains, draws and is measured; a stopped runner goes on; what the summary says is what was observed."
+"Rows of tables: each trains, draws and is measured; a stopped table goes on; summaries are of observations."
 import csv
-import fcntl
 import json
 import statistics
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run
 from deco import ablate
+from deco.ablate import Ablation, ratios, read_tidy, run_lock, run_table, summarize
+from deco.config import parse as train_settings
 
-CLASSIFIER = ["--extractor", "classifier", "--extractor-weights", Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"]
+WEIGHTS = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
+CLASSIFIER = ["--extractor", "classifier", "--extractor-weights", WEIGHTS]
 
 
 def small(photos, tmp_path, *rows):
     "A command that trains two steps of 4 images of 16 pixels for each row."
-    return ["table1", "--rows", *rows, "--seeds", "1", "--checkpoints", "1", "--images", "8", "--batch-size", "4", "--data", photos, "--size", "16",
-            "--num-images", "8", "--steps", "1", "--out", tmp_path / "runs", "--results", tmp_path / "data", *CLASSIFIER]
+    return ["table1", "--rows", *rows, "--seeds", "1", "--checkpoints", "1",
+            "--num-images", "8", "--steps", "1", "--images", "8", "--batch-size", "4",
+            "--data", photos, "--size", "16",
+            "--out", tmp_path / "runs", "--results", tmp_path / "data", *CLASSIFIER]
 
 
 def test_every_row_trains_and_draws(photos, tmp_path):
     for table, names in ablate.TABLES.items():
         command = small(photos, tmp_path, *names)
         assert run(ablate, table, *command[1:]) == ""
-        rows = ablate.read_tidy(tmp_path / "data" / f"{table}.csv")
-        assert [r["row"] for r in rows] == list(names) and all(r["images"] == 8 and r["blockiness"] > 0 for r in rows)
+        rows = read_tidy(tmp_path / "data" / f"{table}.csv")
+        assert [r["row"] for r in rows] == list(names)
+        assert all(r["images"] == 8 and r["blockiness"] > 0 for r in rows)
     for row, changed in ablate.ROWS.items():
         folder = tmp_path / "runs" / f"{row}-0"
-        kept = json.loads((folder / "config.json").read_text())
-        assert all(kept["train"][k] == v for k, v in changed.items()) and (folder / "samples.png").exists()
+        settings = json.loads((folder / "config.json").read_text())["train"]
+        assert all(settings[k] == v for k, v in changed.items()) and (folder / "samples.png").exists()
     assert (tmp_path / "data" / "table1.png").exists()
 
 
@@ -36,32 +45,78 @@ def test_tables_name_known_rows():
 
 
 def test_resumes(photos, tmp_path, monkeypatch):
-    measured, command = ablate.measured, small(photos, tmp_path, "dit", "deco")
-    def fails(row, *rest):
+    command = small(photos, tmp_path, "dit", "deco")
+    measure_run = ablate.measure_run
+    train = ablate.train
+    trained = []
+    def stops(row, *rest):
         if row == "deco": raise KeyboardInterrupt("stopped")
-        return measured(row, *rest)
-    monkeypatch.setattr(ablate, "measured", fails)
+        return measure_run(row, *rest)
+    def train_noted(cfg):
+        trained.append(Path(cfg.out).name)
+        train(cfg)
+    monkeypatch.setattr(ablate, "measure_run", stops)
     assert run(ablate, *command) == "stopped"
     done = tmp_path / "runs" / "dit-0" / "results.json"
-    before, trained = done.stat().st_mtime_ns, []
-    monkeypatch.setattr(ablate, "measured", measured)
-    train = ablate.train
-    monkeypatch.setattr(ablate, "train", lambda cfg: (trained.append(Path(cfg.out).name), train(cfg)))
+    before = done.stat().st_mtime_ns
+    monkeypatch.setattr(ablate, "measure_run", measure_run)
+    monkeypatch.setattr(ablate, "train", train_noted)
     assert run(ablate, *command) == ""
     assert trained == ["deco-0"] and done.stat().st_mtime_ns == before
-    assert run(ablate, *command) == "" and trained == ["deco-0"]                                # nothing is left to do
-    assert "--out" in run(ablate, *command, "--lr", "1e-4")                                    # another setting is another run
+    assert run(ablate, *command) == "" and trained == ["deco-0"]     # nothing is left to do
+    assert "--out" in run(ablate, *command, "--lr", "1e-4")         # another setting is another run
 
 
 def test_two_processes_share(photos, tmp_path, capsys):
     "A run that another process has claimed is left to it."
     command = small(photos, tmp_path, "dit", "deco")
-    (tmp_path / "runs" / "dit-0").mkdir(parents=True)
-    with open(tmp_path / "runs" / "dit-0" / "lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with run_lock(tmp_path / "runs" / "dit-0") as free:
+        assert free
         assert run(ablate, *command) == ""
-    rows = ablate.read_tidy(tmp_path / "data" / "table1.csv")
+    rows = read_tidy(tmp_path / "data" / "table1.csv")
     assert [r["row"] for r in rows] == ["deco"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    "A process that is killed keeps nothing: its run can be claimed again."
+    code = ("import sys, time; from pathlib import Path; from deco.ablate import run_lock\n"
+            "with run_lock(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline().strip() == "True"
+        with run_lock(tmp_path) as free: assert not free
+        other.kill()
+    with run_lock(tmp_path) as free: assert free
+
+
+def test_lock_without_fcntl(tmp_path, monkeypatch):
+    "Windows has msvcrt in its place, whose refusal is a PermissionError."
+    locked = []
+    def locking(descriptor, mode, length):
+        if locked: raise PermissionError(13, "Permission denied")
+        locked.append((mode, length))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with run_lock(tmp_path) as first, run_lock(tmp_path) as second: assert first and not second
+    assert locked == [(2, 1)]
+
+
+def test_from_python(photos, tmp_path, capsys):
+    "One call trains and measures; the command finds the run done, and writes to --out without --results."
+    settings = Ablation("table1", rows=("dit",), seeds=(0,), checkpoints=1, num_images=8, steps=1,
+                        out=str(tmp_path / "runs"), extractor="classifier", extractor_weights=str(WEIGHTS))
+    flags = ["--images", "8", "--batch-size", "4", "--data", str(photos), "--size", "16"]
+    base, _ = train_settings([*ablate.BASE, *flags])
+    rows = run_table(settings, base)
+    assert [(r["row"], r["seed"], r["images"]) for r in rows] == [("dit", 0, 8)]
+    assert "dit, seed 0" in capsys.readouterr().out
+    command = small(photos, tmp_path, "dit")
+    at = command.index("--results")
+    assert run(ablate, *command[:at], *command[at + 2:]) == ""
+    printed = capsys.readouterr().out
+    assert "dit, seed 0" not in printed and f"made: {tmp_path / 'runs' / 'table1.csv'}" in printed
+    assert (tmp_path / "runs" / "table1.png").exists()
+    for name, wrong in dict(rows=("dit-64",), seeds=(-1,), table="table9", checkpoints=3).items():
+        with pytest.raises(ValueError, match=f"--{name}"): run_table(replace(settings, **{name: wrong}), base)
 
 
 def test_a_table_keeps_what_it_had(photos, tmp_path):
@@ -69,29 +124,35 @@ def test_a_table_keeps_what_it_had(photos, tmp_path):
     command = small(photos, tmp_path, "dit")
     assert run(ablate, *command) == ""
     assert run(ablate, *command, "--seeds", "1,", "--out", tmp_path / "elsewhere") == ""
-    rows = ablate.read_tidy(tmp_path / "data" / "table1.csv")
+    rows = read_tidy(tmp_path / "data" / "table1.csv")
     assert [(r["row"], r["seed"]) for r in rows] == [("dit", 0), ("dit", 1)]
-    assert rows[0] == ablate.collect("table1", tmp_path / "runs", tmp_path / "none.csv")[0] | {k: v for k, v in rows[0].items() if isinstance(v, float)}
+    (first,) = ablate.gather_observations(("dit",), tmp_path / "runs", tmp_path / "none.csv")
+    rounded = {k: v for k, v in rows[0].items() if isinstance(v, float)}
+    assert rows[0] == first | rounded
 
 
 def test_bad_input(photos, tmp_path):
     command = small(photos, tmp_path, "dit")
     assert "--seeds" in run(ablate, *command, "--seeds", "0")
+    assert "--seeds: 'x' names no seed" in run(ablate, *command, "--seeds", "x")
     assert "--checkpoints" in run(ablate, *command, "--checkpoints", "3")
+    assert run(ablate, *command, "--num-images", "3") == "error: --num-images must be at least 4, not 3"
     assert "no weights" in run(ablate, *command, "--extractor-weights", tmp_path / "none.safetensors")
-    assert not (tmp_path / "runs" / "dit-0" / "model.safetensors").exists()                   # it was said before the training
+    assert not (tmp_path / "runs" / "dit-0" / "model.safetensors").exists()     # said before training
     assert "not in table1" in run(ablate, *small(photos, tmp_path, "dit-64"))
     assert "--sedes" in run(ablate, *command, "--sedes", "3")
 
 
 def test_summary(tmp_path):
-    rows = [dict(row=name, seed=s, images=n, parameters=5, **dict.fromkeys(ablate.METRICS, value * n))
-            for name, values in (("a", (1.0, 3.0)), ("b", (2.0, 3.0))) for s, value in enumerate(values) for n in (1, 2)]
+    rows = [dict(row=name, seed=s, images=n, parameters=5, **dict.fromkeys(ablate.ROW_METRICS, value * n))
+            for name, values in (("a", (1.0, 3.0)), ("b", (2.0, 3.0)))
+            for s, value in enumerate(values) for n in (1, 2)]
     ablate.write_tidy(tmp_path / "t.csv", rows)
-    assert len(list(csv.reader(open(tmp_path / "t.csv")))) == 9 and ablate.read_tidy(tmp_path / "t.csv") == rows
-    a, b = ablate.summary(rows)
+    with open(tmp_path / "t.csv") as f: assert len(list(csv.reader(f))) == 9
+    assert read_tidy(tmp_path / "t.csv") == rows
+    a, b = summarize(rows)
     assert a["fid"] == (4.0, statistics.stdev([2, 6])) and b["seeds"] == 2
-    assert ablate.ratios(rows, "b", "a") == [2.0, 1.0] == ablate.ratios(rows, "b", "a", images=1)
+    assert ratios(rows, "b", "a") == [2.0, 1.0] == ratios(rows, "b", "a", images=1)
 
 
 def test_blockiness():

@@ -119,7 +119,7 @@ def test_ranks_and_workers_share_all_and_nothing_twice(tmp_path):
 def test_what_is_found_is_kept_in_a_file(tmp_path, monkeypatch):
     path, cache = make_tar(tmp_path / "x.tar", samples("txt")), tmp_path / "cache"
     open_data(path, 16, cache, captions=True)
-    monkeypatch.setattr(captions, "texts", lambda shard: pytest.fail("read again"))
+    monkeypatch.setattr(captions, "_caption_offsets", lambda shard: pytest.fail("read again"))
     check(open_data(path, 16, cache, captions=True))
 
 

@@ -13,7 +13,8 @@ from deco import demo
 
 gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def address():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = os.environ | dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    server = subprocess.Popen([sys.executable, "-m", "deco.demo", "scenes-toy", "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    server = subprocess.Popen([sys.executable, "-m", "deco.demo", "scenes-toy", "--port", str(port)],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     try:
         for _ in range(240):
             if server.poll() is not None: pytest.fail(server.stdout.read().decode())
@@ -50,7 +52,8 @@ def page(address):
 
 
 def fill(page, **fields):
-    for label, value in fields.items(): page.get_by_label(label.replace("_", " "), exact=True).first.fill(str(value))
+    for name, value in fields.items():
+        page.get_by_label(name.replace("_", " "), exact=True).first.fill(str(value))
 
 
 def drawn(page) -> bytes:
@@ -58,7 +61,11 @@ def drawn(page) -> bytes:
     image = page.locator("img[src*='/file=']").first
     before = image.get_attribute("src") if image.count() else None
     page.get_by_role("button", name="Draw").click()
-    page.wait_for_function("before => { const i = document.querySelector(\"img[src*='/file=']\"); return i && i.src != before }", arg=before, timeout=60_000)
+    another = """before => {
+        const i = document.querySelector("img[src*='/file=']")
+        return i && i.src != before
+    }"""
+    page.wait_for_function(another, arg=before, timeout=60_000)
     return page.request.get(image.get_attribute("src")).body()
 
 
@@ -83,29 +90,38 @@ def test_draws_and_hears_the_seed(page):
     assert first[:4] in (b"\x89PNG", b"RIFF") and first == third != second
     lines = page.locator(".cm-content").first.inner_text()
     assert "deco.sample_prompts" in lines and "seed=3" in lines and "a red circle and a blue square" in lines
-    assert page.locator("[data-testid='matplotlib'] img").evaluate("i => i.naturalWidth") > 300        # the spectrum
+    spectrum = page.locator("[data-testid='matplotlib'] img")
+    assert spectrum.evaluate("i => i.naturalWidth") > 300
     picture = Path(os.environ.get("DECO_SCREENSHOT", "/nowhere")).with_suffix(".png")
-    if picture.parent.is_dir(): page.screenshot(path=str(picture))              # for 20_demo: DECO_SCREENSHOT=nbs/images/demo
+    if picture.parent.is_dir():                                                # for 20_demo: nbs/images/demo
+        page.screenshot(path=str(picture))
 
 
-@pytest.mark.parametrize("fields, said", [(dict(prompt=" "), "prompt is empty"), (dict(prompt="x" * 10_000), "10,000 characters"), (dict(steps=0), "at least 1"),
-                                          (dict(width=33), "multiple of patch_size"), (dict(height=4096), "too large"), (dict(negative_prompt="y" * 3000), "negative prompt has 3,000")])
-def test_complaints_stand_on_the_page(page, fields, said):
+COMPLAINTS = [(dict(prompt=" "), "prompt is empty"), (dict(prompt="x" * 10_000), "10,000 characters"),
+              (dict(steps=0), "at least 1"), (dict(width=33), "multiple of patch_size"),
+              (dict(height=4096), "too large"),
+              (dict(negative_prompt="y" * 3000), "negative prompt has 3,000")]
+
+@pytest.mark.parametrize("fields, text", COMPLAINTS)
+def test_complaints_stand_on_the_page(page, fields, text):
     usual = dict(prompt="a photo of a circle", negative_prompt="", steps=4, width=32, height=32)
     fill(page, **usual | fields)
-    assert said in complaint(page)
-    fill(page, **usual, seed=len(said))                                         # another for each, so that it is another picture
-    assert drawn(page)                                                          # and then it goes on
+    assert text in complaint(page)
+    fill(page, **usual, seed=len(text))                                        # for each another picture
+    assert drawn(page)                                                         # and then it goes on
 
 
 def test_the_command(tmp_path):
     assert "nowhere" in run(demo, "nowhere/at-all", "--device", "cpu")
     assert "--device" in run(demo, "scenes-toy", "--device", "abacus")
-    deco.save(tmp_path, deco.create("deco-tiny", text_width=384, text_length=16), dict(size=16, text=dict(name=str(tmp_path), length=16), prompts=["x"]))
+    model = deco.create("deco-tiny", text_width=384, text_length=16)
+    deco.save(tmp_path, model, dict(size=16, text=dict(name=str(tmp_path), length=16), prompts=["x"]))
     assert "no language model" in run(demo, tmp_path, "--device", "cpu")
-    assert "--port must be" in run(demo, "scenes-toy", "--port", 65536)
+    assert "--port must be from 0 to 65535, not 65536" in run(demo, "scenes-toy", "--port", 65536)
+    with pytest.raises(ValueError, match="--port must be"): demo.serve(demo.Demo(run="scenes-toy", port=-1))
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0)), taken.listen()
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
         assert "choose another --port" in run(demo, "scenes-toy", "--port", taken.getsockname()[1])
 
 

@@ -193,8 +193,8 @@ def test_folder_is_as_in_memory(folder, tmp_path):
 
 def test_index_is_kept(folder, tmp_path, monkeypatch):
     listed = []
-    real = files.build
-    monkeypatch.setattr(files, "build", lambda *args: listed.append(args) or real(*args))
+    real = files.build_index
+    monkeypatch.setattr(files, "build_index", lambda *args: listed.append(args) or real(*args))
     first = Files(folder, 16, tmp_path / "cache")
     assert len(Files(str(folder) + "/", 8, tmp_path / "cache")) == 20 and len(listed) == 1                       # not listed again
     (folder / "b" / "new.png").write_bytes(encoded(picture(77)))
@@ -213,7 +213,7 @@ def test_index_is_kept(folder, tmp_path, monkeypatch):
 
 def test_index_is_small(tmp_path):
     rows = ((f"n{k // 1300:08}/n{k // 1300:08}_{k:06}.JPEG", f"n{k // 1300:08}", 0, 0, -1) for k in range(100_000))
-    names, table, _, classes = files.build(rows, [])
+    names, table, _, classes = files.build_index(rows, [])
     start, end, label, *_ = table[99_999].tolist()
     assert names.nbytes + table.nbytes < 85 * 100_000 and bytes(names[start:end].tolist()) == b"n00000076/n00000076_099999.JPEG"
     assert label == 76 == len(classes) - 1
@@ -290,7 +290,7 @@ def test_odd_members(tmp_path, caplog):
     assert [data.path(k) for k in range(len(data))] == [f"{path}/d/fine.png", f"{path}/d/rot.png"]
     assert caplog.text.count("leads out of the archive") == 3 and all(f"left out: {n} in {path}" in caplog.text for n in ("../up.png", "/root.png"))
     with pytest.raises(ValueError, match="t.tar/d/rot.png"): data.take(torch.arange(2))
-    assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "cache"}                                            # nothing was parquet_to_tars
+    assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "cache"}                                            # nothing was unpacked
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b\x08" + bytes(range(256)) * 9)
     with pytest.raises(FileNotFoundError, match="no image in .*zipped.tar"): Files(tmp_path / "zipped.tar", 16, tmp_path / "cache")
     assert "no whole tar" in caplog.text and "zipped.tar" in caplog.text

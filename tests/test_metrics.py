@@ -1,4 +1,5 @@
-"Metrics as their users meet them: bad input, files, streams, merging. Values against other codes are tested in nbs/09_metrics.ipynb."
+"Metrics as users meet them: bad input, files, streams, merging. Other codes' values: nbs/09_metrics.ipynb."
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ def weights(tmp_path_factory):
     "A classifier that has learnt nothing."
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in Classifier(5).state_dict().items()}, path)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in Classifier(5).state_dict().items()}
+    save_file(state, path)
     return path
 
 
@@ -26,7 +28,8 @@ def classifier(weights): return load_extractor("classifier", weights)
 
 
 @pytest.fixture(scope="module")
-def images(): return torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def images():
+    return torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,8 @@ def test_moments_of_a_stream_do_not_depend_on_its_parts():
 
 
 def test_statistics_do_not_depend_on_batches(images, classifier, reference):
-    parts = statistics((part for part in images.split([1, 150, 149])), classifier, batch_size=64)          # a generator: read once
+    generator = (part for part in images.split([1, 150, 149]))                               # read once
+    parts = statistics(generator, classifier, batch_size=64)
     for k, v in reference.items():
         if isinstance(v, torch.Tensor): assert torch.allclose(parts[k], v, atol=1e-4), k
     assert parts["count"] == 300
@@ -63,8 +67,9 @@ def test_statistics_do_not_depend_on_batches(images, classifier, reference):
 
 def test_images_with_faults(images, classifier, reference):
     x = images[:8].float() / 127.5 - 1
-    faults = {"NaN": torch.where(torch.arange(8).view(8, 1, 1, 1) == 2, torch.nan, x), "to [-1, 1]": images[:8].float(),
-              "empty": images[:0], "mixed sizes": [images[:4], images[:4, :, :16, :16]], "(N, 3, H, W)": images[:8, :1],
+    third = torch.arange(8).view(8, 1, 1, 1) == 2
+    faults = {"NaN": torch.where(third, torch.nan, x), "to [-1, 1]": images[:8].float(), "empty": images[:0],
+              "mixed sizes": [images[:4], images[:4, :, :16, :16]], "(N, 3, H, W)": images[:8, :1],
               "int64": images[:8].long(), "12 x 12": images[:8, :, :8, :8]}
     for word, bad in faults.items(): assert word in complaint(evaluate_images, bad, reference, classifier)
     assert "empty" in complaint(evaluate_images, images, images[:0], classifier)
@@ -73,7 +78,8 @@ def test_images_with_faults(images, classifier, reference):
 
 
 def test_few_images_are_reported(images, classifier, reference):
-    with pytest.warns(UserWarning, match="singular"): result = evaluate_images(images[:100], reference, classifier)
+    with pytest.warns(UserWarning, match="singular"):
+        result = evaluate_images(images[:100], reference, classifier)
     assert len(result["notes"]) == 1 and "100 generated images for 128 features" in result["notes"][0]
     assert np.isfinite(result["fid"])
     with warnings.catch_warnings():
@@ -88,17 +94,29 @@ def test_extractors(weights, tmp_path, monkeypatch):
     assert "path" in complaint(load_extractor, "classifier")
     assert "nowhere" in complaint(load_extractor, "classifier", tmp_path / "nowhere", error=FileNotFoundError)
     (tmp_path / "junk").write_bytes(b"junk" * 100)
-    for name in ("classifier", "efficientnet-lite0", "inception"): assert "junk" in complaint(load_extractor, name, tmp_path / "junk")
-    torch.save(Path("."), tmp_path / "code.pth")                                             # an object, not weights: refused unopened
+    for name in ("classifier", "efficientnet-lite0", "inception"):
+        assert "junk" in complaint(load_extractor, name, tmp_path / "junk")
+    torch.save(Path("."), tmp_path / "code.pth")                    # an object, not weights: refused unopened
     assert "code.pth" in complaint(load_extractor, "inception", tmp_path / "code.pth")
-    for package, name in (("torch_fidelity", "inception"), ("efficientnet_lite_pytorch", "efficientnet-lite0")):
-        for module in [m for m in sys.modules if m.split(".")[0] == package] + [package]: monkeypatch.setitem(sys.modules, module, None)
-        assert "pip install 'deco-diffusion[eval]'" in complaint(load_extractor, name, weights)
+    packages = {"inception": "torch_fidelity", "efficientnet-lite0": "efficientnet_lite_pytorch"}
+    for name, package in packages.items():
+        for module in [m for m in sys.modules if m.split(".")[0] == package] + [package]:
+            monkeypatch.setitem(sys.modules, module, None)
+        text = complaint(load_extractor, name, weights, error=ImportError)
+        assert "pip install 'deco-diffusion[eval]'" in text
+
+
+def test_label_names_the_weights(weights):
+    "Reports compare extractors by their labels: name and the first digits of the file's SHA-256."
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert load_extractor("classifier", weights).label == f"classifier {digest[:8]}"
+    assert load_extractor("efficientnet-lite0").label == "efficientnet-lite0 57934424"
 
 
 def test_inception_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **kw: (_ for _ in ()).throw(OSError("no route")))
+    def offline(*args, **kwargs): raise OSError("no route")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     assert "no route" in complaint(load_extractor, "inception", error=FileNotFoundError)
 
 
@@ -106,7 +124,7 @@ def test_npz_of_images(images, tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", arr_0=nhwc(images))
     got = list(image_batches(tmp_path / "a.npz", 64))
     assert [len(x) for x in got] == [64, 64, 64, 64, 44] and torch.equal(torch.cat(got), images)
-    monkeypatch.setattr(np, "load", None)                                                    # never all at once
+    monkeypatch.setattr(np, "load", None)                              # never all at once
     assert len(next(iter(image_batches(tmp_path / "a.npz", 10)))) == 10
     np.savez(tmp_path / "key.npz", images=nhwc(images))
     np.savez(tmp_path / "float.npz", arr_0=nhwc(images) / 255)
@@ -117,26 +135,32 @@ def test_npz_of_images(images, tmp_path, monkeypatch):
 
 
 def test_reference_cache(images, weights, classifier, tmp_path, monkeypatch):
-    cache, calls = tmp_path / "new" / "real.safetensors", []
-    counted = Extractor(classifier.label, lambda x: calls.append(len(x)) or classifier.net(x))
+    cache = tmp_path / "new" / "real.safetensors"
+    calls = []
+    def counting(x):
+        calls.append(len(x))
+        return classifier.net(x)
+    counted = Extractor(classifier.label, counting)
     first = reference_statistics(images, counted, cache)
     made = len(calls)
-    again = reference_statistics(list(images.split(70)), counted, cache)                     # the same pixels in other batches
-    assert len(calls) == made and all(torch.equal(first[k], again[k]) for k in ("mu", "sigma", "features", "spectrum"))
+    again = reference_statistics(list(images.split(70)), counted, cache)    # the same pixels
+    assert len(calls) == made
+    for k in ("mu", "sigma", "features", "spectrum"): assert torch.equal(first[k], again[k])
     assert again["count"] == 300
     reference_statistics(images.flip(0), counted, cache)
     assert len(calls) > made, "other pixels"
     made = len(calls)
     newer = Extractor("classifier newer", counted.net)
-    assert "newer" in complaint(reference_statistics, cache, newer)                          # a file that the user gave
-    reference_statistics(images.flip(0), newer, cache)                                       # a cache
+    assert "newer" in complaint(reference_statistics, cache, newer)    # a file that the user gave
+    reference_statistics(images.flip(0), newer, cache)                      # a cache
     assert len(calls) > made, "another extractor"
     cache.write_bytes(cache.read_bytes()[:1000])
     assert "holds no statistics" in complaint(reference_statistics, cache, newer)
     reference_statistics(images, newer, cache)
     assert reference_statistics(cache, newer)["count"] == 300 and not list(cache.parent.glob("*.tmp"))
     assert "generator" in complaint(reference_statistics, iter([images]), counted, cache)
-    assert "nowhere" in complaint(reference_statistics, tmp_path / "nowhere.npz", counted, error=FileNotFoundError)
+    nowhere = tmp_path / "nowhere.npz"
+    assert "nowhere" in complaint(reference_statistics, nowhere, counted, error=FileNotFoundError)
 
 
 def test_adm_reference(images, classifier, reference, tmp_path):
@@ -161,5 +185,6 @@ def test_statistics_of_two_extractors_do_not_mix(reference):
 
 
 def test_import_stays_light():
-    heavy = "{'scipy', 'matplotlib', 'torchvision', 'torch_fidelity', 'efficientnet_lite_pytorch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", f"import sys, deco.metrics; sys.exit({heavy} or 0)"], check=True)
+    heavy = {"scipy", "matplotlib", "torchvision", "torch_fidelity", "efficientnet_lite_pytorch"}
+    script = f"import sys, deco.metrics; sys.exit({heavy} & set(sys.modules) or 0)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -28,11 +28,13 @@ def gradients(recompute, case, rank=0, name="deco-tiny"):
         fully_shard(m)
     run = DistributedDataParallel(m) if case.startswith("ddp") else m
     g = torch.Generator().manual_seed(rank)
-    for _ in range(2):                                           # gradients add up: the second pass finds resharded weights
+    for _ in range(2):                             # gradients add up; the second pass finds resharded weights
         x, t, y = torch.randn(4, 3, 16, 16, generator=g), torch.rand(4, generator=g), torch.arange(4) % 3
-        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case): v, tokens = run(x, t, y, layers=(1,))
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case):
+            v, tokens = run(x, t, y, layers=(1,))
         (v.float().square().mean() + tokens[0].float().square().mean()).backward()
-    return {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in m.named_parameters()}
+    grads = {n: p.grad for n, p in m.named_parameters()}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
 
 
 def differences(case, rank=0, name="deco-tiny"):
@@ -66,6 +68,8 @@ def test_two_processes():
 def test_names():
     "Older configurations hold false or true; anything else is one line."
     small = dict(patch_size=8, width=64, depth=1, heads=2, decoder_width=8, decoder_depth=1)
-    assert [DeCo(**small, recompute=r).config["recompute"] for r in (False, True, *RECOMPUTE)] == ["none", "cheap", *RECOMPUTE]
+    choices = [DeCo(**small, recompute=r).config["recompute"] for r in (False, True, *RECOMPUTE)]
+    assert choices == ["none", "cheap", *RECOMPUTE]
     for wrong in ("all", None, 2, []):
-        with pytest.raises(ValueError, match=r"^recompute must be one of none, cheap, blocks, not .*$"): DeCo(**small, recompute=wrong)
+        with pytest.raises(ValueError, match=r"^recompute must be one of none, cheap, blocks, not .*$"):
+            DeCo(**small, recompute=wrong)

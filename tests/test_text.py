@@ -1,4 +1,4 @@
-"Prompts: the authors' text-to-image model, language models, and that neither padding nor an earlier call is heard."
+"Prompts: the authors' text-to-image model, language models; neither padding nor an earlier call is heard."
 import json
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ from conftest import run
 from deco import sample as sampling
 from deco import train as training
 from deco.config import PRESETS, Config
+from deco.core import parameter_count
 from deco.dit import rope_table
 from deco.flow import sample
 from deco.model import COLUMNS, SIZES
@@ -22,7 +23,19 @@ from deco.plan import activations, flops, flops_per_image
 from deco.text import TextEncoder
 
 f = load_file(Path(__file__).parent / "golden" / "t2i.safetensors")
-state = {k[6:]: v for k, v in f.items() if k.startswith("state.")}
+state = {k.removeprefix("state."): v for k, v in f.items() if k.startswith("state.")}
+
+
+def velocity_error(model, i: int = 0) -> torch.Tensor:
+    "The largest difference to the velocity that the authors' code gave."
+    with torch.no_grad(): v = model(f[f"x{i}"], f[f"t{i}"], f[f"text{i}"])
+    return (v - f[f"v{i}"]).abs().max()
+
+
+def fill_head(model):
+    "Give the head values: it starts at zero, and would show nothing."
+    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +43,9 @@ def minilm(): return TextEncoder("minilm", 16)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def captions_run(tmp_path_factory):
     "A finished small run that learned from captions."
-    out, data = tmp_path_factory.mktemp("told") / "run", tmp_path_factory.mktemp("data")
+    out, data = tmp_path_factory.mktemp("captions") / "run", tmp_path_factory.mktemp("data")
     assert run(training, "--preset", "openmoji-text", "--smoke", "--data-root", data, "--out", out) == ""
     return out
 
@@ -41,29 +54,31 @@ def told(tmp_path_factory):
 
 def test_velocity():
     model = deco.load_official(state)
-    assert model.config["official_text"] and model.config["text_length"] == 12 and model.config["mlp_ratio"] == 6
-    for i in range(2):
-        with torch.no_grad(): assert (model(f[f"x{i}"], f[f"t{i}"], f[f"text{i}"]) - f[f"v{i}"]).abs().max() < 1e-4
+    assert model.config["official_text"]
+    assert model.config["text_length"] == 12 and model.config["mlp_ratio"] == 6
+    for i in range(2): assert velocity_error(model, i) < 1e-4
 
 
 def test_official_folder(tmp_path):
     "Saved and loaded again, the same velocities: the quirks are part of the configuration."
     model = deco.load_official(state)
     deco.save(tmp_path, model)
-    with torch.no_grad(): assert torch.equal(deco.load(tmp_path)[0](f["x0"], f["t0"], f["text0"]), model(f["x0"], f["t0"], f["text0"]))
+    again, _ = deco.load(tmp_path)
+    inputs = f["x0"], f["t0"], f["text0"]
+    with torch.no_grad(): assert torch.equal(again(*inputs), model(*inputs))
 
 
 def test_count():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in deco.create("deco-xxl", text_width=2048, text_length=128).parameters()) == 1_133_759_395
+    with torch.device("meta"): model = deco.create("deco-xxl", text_width=2048, text_length=128)
+    assert parameter_count(model) == 1_133_759_395
 
 
 @pytest.mark.parametrize("name", ["deco-tiny", "dit-tiny"])
 def test_padding_is_not_heard(name):
-    model = deco.create(name, text_width=24, text_length=12, text_depth=1)
-    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+    model = fill_head(deco.create(name, text_width=24, text_length=12, text_depth=1))
     x, t, y = torch.randn(3, 3, 16, 24), torch.rand(3), torch.randn(3, 4, 24)
-    y[1, 2:], y[2] = 0, 0                                                    # two tokens, and none
+    y[1, 2:] = 0                                                             # two tokens
+    y[2] = 0                                                                 # and none
     with torch.no_grad():
         v = model(x, t, y)
         assert torch.isfinite(v).all()
@@ -76,7 +91,8 @@ def test_places():
     "A step right is a step, whatever the picture's sides; theirs is squeezed where it is not square."
     cos = rope_table((2, 9), 4, extent=(2, 9))[0].view(2, 9, 4)
     assert torch.allclose(cos[0, :, 0], torch.cos(torch.linspace(0, 9, 9)))
-    ours, theirs = (deco.create("deco-tiny", text_width=8, official_text=flag).rope((2, 9), "cpu")[0] for flag in (False, True))
+    models = [deco.create("deco-tiny", text_width=8, official_text=flag) for flag in (False, True)]
+    ours, theirs = (model.rope((2, 9), "cpu")[0] for model in models)
     assert torch.equal(ours.view(2, 9, -1)[0, :, 0], torch.cos(torch.linspace(0, 9, 9)))
     assert torch.equal(theirs.view(2, 9, -1)[0, :, 0], torch.cos(torch.linspace(0, 2, 9)))
 
@@ -84,27 +100,29 @@ def test_places():
 def test_conditions_of_the_wrong_kind():
     of_text, of_classes = deco.create("deco-tiny", text_width=8), deco.create("deco-tiny", num_classes=3)
     x, t = torch.zeros(1, 3, 16, 16), torch.zeros(1)
-    with pytest.raises(ValueError, match="embeddings must be"): of_text(x, t, torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match="not conditioned on text"): of_classes(x, t, torch.zeros(1, 2, 8))
-    with pytest.raises(ValueError, match="null"): sample(of_text, x, torch.zeros(1, 2, 8), guidance=2.0)
+    label, embeddings = torch.zeros(1, dtype=torch.long), torch.zeros(1, 2, 8)
+    with pytest.raises(ValueError, match="embeddings must be"): of_text(x, t, label)
+    with pytest.raises(ValueError, match="not conditioned on text"): of_classes(x, t, embeddings)
+    with pytest.raises(ValueError, match="null"): sample(of_text, x, embeddings, guidance=2.0)
 
 
 def test_recompute_gives_the_same_gradients():
     grads = []
-    for how in ("none", "cheap", "blocks"):
+    for mode in ("none", "cheap", "blocks"):
         torch.manual_seed(0)
-        model = deco.create("deco-tiny", text_width=8, text_depth=1, recompute=how)
-        for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
+        model = fill_head(deco.create("deco-tiny", text_width=8, text_depth=1, recompute=mode))
         g = torch.Generator().manual_seed(1)
         x, y = torch.randn(2, 3, 16, 16, generator=g), torch.randn(2, 3, 8, generator=g)
         model(x, torch.tensor([0.2, 0.8]), y).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
-    for other in grads[1:]: assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads[0], other))
+    for other in grads[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads[0], other))
 
 
 def test_plan_counts_the_same_flops():
-    config = deco.create("deco-tiny", text_width=384, text_length=32, text_depth=2).config
-    assert abs(3 * sum(flops(config, 32).values()) / flops_per_image(deco.model.build(config), 32) - 1) < 0.01
+    model = deco.create("deco-tiny", text_width=384, text_length=32, text_depth=2)
+    planned = 3 * sum(flops(model.config, 32).values())
+    assert abs(planned / flops_per_image(model, 32) - 1) < 0.01
 
 
 @pytest.mark.parametrize("mode", ["none", "cheap", "blocks"])
@@ -113,12 +131,15 @@ def test_plan_counts_what_is_kept(name, mode):
     "Per image: what a second image adds to the storages that autograd keeps."
     text = dict(text_width=384, text_length=24, text_depth=2, recompute=mode)
     def kept(model, n):
-        own, seen = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, {}
+        weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        saved = {}
         def pack(t):
-            if (key := t.untyped_storage()._cdata) not in own: seen[key] = t
+            key = t.untyped_storage()._cdata
+            if key not in weights: saved[key] = t
             return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model(torch.randn(n, 3, 32, 48), torch.rand(n), torch.randn(n, 24, 384))
-        return sum(t.untyped_storage().nbytes() for t in seen.values())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randn(n, 3, 32, 48), torch.rand(n), torch.randn(n, 24, 384))
+        return sum(t.untyped_storage().nbytes() for t in saved.values())
     model = deco.create(name, **text)
     parts, _ = activations(dict(zip(COLUMNS, SIZES[name])) | text, (32, 48))
     assert sum(parts.values()) - parts["loss"] == pytest.approx(kept(model, 2) - kept(model, 1), rel=0.05)
@@ -141,18 +162,23 @@ def test_counts():
 
 
 def test_nothing_is_kept_between_calls(minilm):
-    model = deco.create("deco-tiny", text_width=384, text_length=16, text_depth=1)
-    for p in model.head.parameters(): torch.nn.init.normal_(p, std=0.1)
-    ask = lambda **how: deco.sample_prompts(model, minilm, "red heart", (16, 32), steps=2, guidance=3.0, **how)
+    model = fill_head(deco.create("deco-tiny", text_width=384, text_length=16, text_depth=1))
+    def ask(**negative):
+        return deco.sample_prompts(model, minilm, "red heart", (16, 32), steps=2, guidance=3.0, **negative)
     plain, negative, again = ask(), ask(negative="blue"), ask()
-    assert plain.shape == (1, 3, 16, 32) and torch.equal(plain, again) and not torch.equal(plain, negative)
+    assert plain.shape == (1, 3, 16, 32)
+    assert torch.equal(plain, again) and not torch.equal(plain, negative)
 
 
 def test_embeddings_on_disk(tmp_path):
     "The file is of the model, the length and the prompts; what it gives is what the model gives."
-    prompts, a, b = ["red heart", "sun"], TextEncoder("minilm", 16), TextEncoder("minilm", 16)
+    prompts = ["red heart", "sun"]
+    a, b = TextEncoder("minilm", 16), TextEncoder("minilm", 16)
     a.remember(prompts, tmp_path)
-    b.encode = lambda new, real=b.encode: real(new) if new == ["a photo"] else pytest.fail("asked again")
+    def encode_again(new, encode=b.encode):
+        assert new == ["a photo"], "asked again"                           # the probe that tells models apart
+        return encode(new)
+    b.encode = encode_again
     b.remember(prompts, tmp_path)
     assert torch.equal(a(prompts), b(prompts)) and a.counts == b.counts
     assert torch.allclose(a(prompts), TextEncoder("minilm", 16)(prompts), atol=2e-3)
@@ -163,7 +189,8 @@ def test_embeddings_on_disk(tmp_path):
 def test_missing_language_models(tmp_path, monkeypatch):
     half = tmp_path / "half"                                                   # a download that broke off
     shutil.copytree(get_model_path(), half)
-    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:1_000_000])
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
     for name in (tmp_path / "nothing", tmp_path, half):
         with pytest.raises(FileNotFoundError, match="no language model"): TextEncoder(str(name))
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -178,41 +205,53 @@ def test_null_is_the_empty_prompt(tmp_path):
     data = deco.datasets.open_data("openmoji", 16, tmp_path, captions=True)
     for r in (a, b): r.prepare(data)
     pixels = data.pixels[:32]
-    rows = [r.prepare(data) or training.update(r, pixels, said, 0)[0]["mse"] for r, said in ((a, data.captions[:32]), (b, [""] * 32))]
-    assert rows[0] == rows[1]                                                # with every caption dropped, no caption is heard
+    losses = []
+    for r, captions in ((a, data.captions[:32]), (b, [""] * 32)):
+        r.prepare(data)
+        losses.append(training.update(r, pixels, captions, 0)[0]["mse"])
+    assert losses[0] == losses[1]                            # with every caption dropped, no caption is heard
 
 
-def test_a_run(told):
-    info = json.loads((told / "config.json").read_text())
+def test_a_run(captions_run):
+    info = json.loads((captions_run / "config.json").read_text())
     assert info["text"] == dict(name="minilm", length=32, official=False) and len(info["prompts"]) == 64
-    assert json.loads((told / "log.jsonl").read_text().splitlines()[-1])["captions"]["prompts"] > 2000
-    said = subprocess.run([sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--out", told,
-                           "--data-root", info["train"]["data_root"]], capture_output=True, text=True).stdout
-    assert "is done" in said and f"--prompt '{info['prompts'][0]}' --seed 1" in said                 # the next command, in words that it knows
-    assert "--text minilm (now )" in run(training, "--preset", "openmoji", "--smoke", "--out", told)
+    last = json.loads((captions_run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["captions"]["prompts"] > 2000
+    command = [sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke",
+               "--out", captions_run, "--data-root", info["train"]["data_root"]]
+    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "is done" in printed
+    assert f"--prompt '{info['prompts'][0]}' --seed 1" in printed   # the next command, in words that it knows
+    assert "--text minilm (now )" in run(training, "--preset", "openmoji", "--smoke", "--out", captions_run)
 
 
 def test_two_processes_learn_the_same(tmp_path):
     "Under torchrun, with the same images, the same losses as alone."
-    command = ["-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--data-root", tmp_path]
+    train = ["-m", "deco.train", "--preset", "openmoji-text", "--smoke", "--data-root", tmp_path]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     losses = {}
-    for n in (1, 2):
-        how = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = subprocess.run([*how, *command, "--out", tmp_path / str(n)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[n] = [json.loads(line)["loss"] for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()]
+    for n, launcher in ((1, []), (2, torchrun)):
+        command = [sys.executable, *launcher, *train, "--out", tmp_path / str(n)]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr[-2000:]
+        rows = (tmp_path / str(n) / "log.jsonl").read_text().splitlines()
+        losses[n] = [json.loads(row)["loss"] for row in rows]
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
 
 
-def test_drawing(told, tmp_path):
-    draw = lambda out, *flags: run(sampling, told, "--num-images", 4, "--steps", 2, "--out", tmp_path / out, *flags)
+def test_drawing(captions_run, tmp_path):
+    def draw(out, *flags):
+        few = ("--num-images", 4, "--steps", 2)
+        return run(sampling, captions_run, *few, "--out", tmp_path / out, *flags)
     assert draw("a.png", "--prompt", "red heart", "sun") == ""
     assert draw("b", "--prompt", "red heart", "--negative", "blue") == ""
     assert json.loads((tmp_path / "b" / "samples.json").read_text())["negative"] == "blue"
     assert "negative blue (now )" in draw("b", "--prompt", "red heart")
     assert "--classes" in draw("c.png", "--classes", "0")
-    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == "" and Image.open(tmp_path / "wide" / "000000.png").size == (32, 16)
-    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == "" and "size" in draw("wide", "--prompt", "sun", "--size", 16)
+    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == ""
+    assert Image.open(tmp_path / "wide" / "000000.png").size == (32, 16)
+    assert draw("wide", "--prompt", "sun", "--size", 16, 32) == ""
+    assert "size" in draw("wide", "--prompt", "sun", "--size", 16)
     assert "patch_size" in draw("d", "--size", 17) and "--size" in draw("d", "--size", 8, 8, 8)
     of_classes = tmp_path / "classes"
     deco.save(of_classes, deco.create("deco-tiny", num_classes=3), dict(size=16))
@@ -223,18 +262,26 @@ def test_drawing(told, tmp_path):
 def test_the_papers_presets(name, tmp_path):
     p = PRESETS[name]
     assert p["model"] == "deco-xxl" and p["sample_shift"] == 3 and p["grad_clip"] == 1
-    assert (p["shift"], p["lr"], p["beta2"]) == {"t2i-256": (2, 2e-4, 0.95), "t2i-512": (4, 1e-4, 0.95), "t2i-sft-512": (4, 1e-5, 0.999)}[name]
-    if name != "t2i-256": assert run(training, "--preset", name, "--smoke", "--out", tmp_path / "run", "--data-root", tmp_path) == ""
+    theirs = {"t2i-256": (2, 2e-4, 0.95), "t2i-512": (4, 1e-4, 0.95), "t2i-sft-512": (4, 1e-5, 0.999)}
+    assert (p["shift"], p["lr"], p["beta2"]) == theirs[name]
+    if name == "t2i-256": return
+    folders = "--out", tmp_path / "run", "--data-root", tmp_path
+    assert run(training, "--preset", name, "--smoke", *folders) == ""
 
 
 def test_the_authors_weights_stay_theirs(tmp_path):
     "Training on from their text-to-image model keeps its quirks, or is refused."
-    torch.save(dict(state_dict={f"ema_denoiser.{k}": v for k, v in state.items()}), tmp_path / "theirs.ckpt")
-    own = deco.load_official(state).config
-    args = ",".join(f"{k}={own[k]}" for k in ("patch_size", "width", "depth", "heads", "mlp_ratio", "decoder_width", "decoder_depth", "text_depth"))
-    cfg = Config(model="deco-tiny", text="minilm", text_length=12, size=16, init=str(tmp_path / "theirs.ckpt"), model_args=args)
+    theirs = tmp_path / "theirs.ckpt"
+    torch.save(dict(state_dict={f"ema_denoiser.{k}": v for k, v in state.items()}), theirs)
+    config = deco.load_official(state).config
+    sizes = ("patch_size", "width", "depth", "heads", "mlp_ratio", "text_depth", "decoder_width",
+             "decoder_depth")
+    args = ",".join(f"{k}={config[k]}" for k in sizes)
+    cfg = Config(model="deco-tiny", text="minilm", text_length=12, size=16, init=str(theirs), model_args=args)
     with pytest.raises(ValueError, match="official_text=1"): training.Run(cfg, 0, "cpu")
-    wider = deco.create("deco-tiny", **{k: own[k] for k in own if k not in ("text_width", "num_classes")}, text_width=24)
-    training.started_from(str(tmp_path / "theirs.ckpt"), wider)
-    with torch.no_grad(): assert (wider(f["x0"], f["t0"], f["text0"]) - f["v0"]).abs().max() < 1e-4
-    assert training.Run(Config(model="deco-tiny", text="minilm", model_args="official_text=1"), 0, "cpu").encoder("sun").shape == (1, 128, 384)    # padded to the full length
+    shape = {k: v for k, v in config.items() if k not in ("text_width", "num_classes")}
+    wider = deco.create("deco-tiny", **shape, text_width=24)
+    training.started_from(str(theirs), wider)
+    assert velocity_error(wider) < 1e-4
+    cfg = Config(model="deco-tiny", text="minilm", model_args="official_text=1")
+    assert training.Run(cfg, 0, "cpu").encoder("sun").shape == (1, 128, 384)       # padded to the full length

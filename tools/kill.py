@@ -1,9 +1,10 @@
-"""Kill a run with SIGKILL at random moments, start it again each time, and compare its end with an undisturbed run's, bit for bit.
+"""Kill a run with SIGKILL at random moments, start it again, and compare its end with an undisturbed run's.
 
     python tools/kill.py --kills 20                                    about five minutes on two cores
     python tools/kill.py --kills 20 --out nbs/results/07_kill.json     and keep the result
 
 A run is tiny and saves every second step. Every other kill waits until it has begun to write a checkpoint.
+Compared are all tensors, bit for bit, and the logs without their speeds.
 """
 import argparse
 import json
@@ -31,18 +32,32 @@ def newest(out: Path) -> int:
 def end(out: Path) -> dict[str, torch.Tensor]:
     "All that the last checkpoint holds, and the averaged weights."
     tensors = dict(load_file(out / "model.safetensors"))
-    for path in (out / "checkpoints" / f"{newest(out):012d}").glob("*.safetensors"): tensors |= load_file(path)
+    checkpoint = out / "checkpoints" / f"{newest(out):012d}"
+    for path in checkpoint.glob("*.safetensors"): tensors |= load_file(path)
     return tensors
 
 
+def log(out: Path) -> list[dict]:
+    "The rows of the run's log without what differs from run to run."
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "speed"} for row in rows]
+
+
+def same(a: Path, b: Path) -> bool:
+    "Did two runs end alike?"
+    x, y = end(a), end(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and log(a) == log(b)
+
+
 def killed_run(out: Path, kills: int, seed: int) -> dict:
-    "A run that is killed so many times, each time at a random moment after its first checkpoint; then left to finish."
+    "Kill a run so many times, each time at a random moment after its first checkpoint; then let it finish."
     random.seed(seed)
-    steps, writing = 40 * kills, 0
+    steps = 40 * kills
+    writing = 0
     for kill in range(kills):
         run = subprocess.Popen(command(out, steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = newest(out)
-        while newest(out) == before and run.poll() is None: time.sleep(0.01)          # it is on its way
+        while newest(out) == before and run.poll() is None: time.sleep(0.01)            # it is on its way
         if kill % 2:
             while not (out / "checkpoints" / "writing").exists() and run.poll() is None: time.sleep(0.0005)
         time.sleep(random.uniform(0, 0.02 if kill % 2 else 0.5))
@@ -55,7 +70,8 @@ def killed_run(out: Path, kills: int, seed: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", default="", help="a JSON file for the result")
@@ -65,10 +81,8 @@ def main():
         killed, undisturbed = Path(folder) / "killed", Path(folder) / "undisturbed"
         result = killed_run(killed, args.kills, args.seed)
         subprocess.run(command(undisturbed, result["steps"]), check=True, stdout=subprocess.DEVNULL)
-        a, b = end(killed), end(undisturbed)
-        rows = [[{k: v for k, v in json.loads(line).items() if k != "speed"} for line in (out / "log.jsonl").read_text().splitlines()] for out in (killed, undisturbed)]
-    result |= dict(tensors=len(a), identical=a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and rows[0] == rows[1],
-                   seed=args.seed, seconds=round(time.time() - start))
+        result |= dict(tensors=len(end(killed)), identical=same(killed, undisturbed))
+    result |= dict(seed=args.seed, seconds=round(time.time() - start))
     print(json.dumps(result))
     if args.out: Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(not result["identical"])

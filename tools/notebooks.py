@@ -4,77 +4,97 @@
     python tools/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
     python tools/notebooks.py readme [--check]                README.md from nbs/index.ipynb
 
-Cells with `#| eval: false` or a flag of `tst_flags` in settings.ini (`slow`, `gpu`) are left as they are, as
-`nbdev_test` leaves them.
+`--jobs 2` runs two notebooks at once, each with its share of the cores. Cells with `#| eval: false` or a flag
+of `tst_flags` in settings.ini (`slow`, `gpu`) are left as they are, as `nbdev_test` leaves them.
 """
 import argparse
 import base64
 import copy
 import io
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
 from pathlib import Path
+from typing import NamedTuple
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.I)
 
 
+# --- running
+
 def skipped(cell) -> bool:
     "Is this a cell that a run leaves alone?"
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
+    flags = config["DEFAULT"]["tst_flags"].split()
     directives = re.findall(r"^#\|\s*(.+?)\s*$", cell.source, re.M)
-    return any(d.replace(" ", "") == "eval:false" or d in config["DEFAULT"]["tst_flags"].split() for d in directives)
+    return any(d.replace(" ", "") == "eval:false" or d in flags for d in directives)
 
 
 def execute(nb):
     "Run every cell that is not skipped in a fresh kernel, with nbs/ as its folder; the first error stops."
-    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}})
+    place = {"metadata": {"path": str(ROOT / "nbs")}}
+    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or skipped(cell): continue
             client.execute_cell(cell, i)
-            cell.outputs = [o for o in cell.outputs if not progress_bar(o) and o.get("name") != "stderr"]     # libraries' log lines
+            # libraries write log lines to stderr
+            cell.outputs = [o for o in cell.outputs if not progress_bar(o) and o.get("name") != "stderr"]
             for o in cell.outputs:
                 if "image/png" in o.get("data", {}): o.data["image/png"] = smaller(o.data["image/png"])
     return nb
 
 
 def smaller(png: str) -> str:
-    """A picture (base64 PNG) with a palette of 256 colours, where that takes fewer bytes and is to the eye the same.
+    """A picture (base64 PNG) with a palette of 256 colours, where that is smaller and to the eye the same.
 
     Charts are. A photograph or a smooth shade would lose tones, and stays as it is unless it is large.
     """
-    image, buffer = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     lost = max(ImageStat.Stat(ImageChops.difference(image, few.convert("RGB"))).rms)         # of 255
     if lost > 2 and len(png) < 100_000: return png
+    buffer = io.BytesIO()
     few.save(buffer, "PNG", optimize=True)
     return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
 
 
 def progress_bar(output) -> bool:
     "Is this what a finished progress bar leaves? It is there or not, as the machine is slow or fast."
-    return output.output_type == "display_data" and set(output.data) == {"text/html", "text/plain"} and "HTML object" in output.data["text/plain"]
+    if output.output_type != "display_data" or set(output.data) != {"text/html", "text/plain"}: return False
+    return "HTML object" in output.data["text/plain"]
 
 
-def outputs(cell):
-    "What a cell shows, as (kind, {MIME type: text}) with neighbouring stream parts joined."
-    shown = []
+# --- comparing
+
+def outputs(cell) -> list[tuple[str, dict]]:
+    "What a cell shows, as (kind, {MIME type: content}) with neighbouring stream parts joined."
+    shows = []
     for o in cell.get("outputs", []):
         if o.output_type == "stream":
-            if shown and shown[-1][0] == "stream" + o.name: shown[-1][1]["text/plain"] += o.text
-            else: shown.append(("stream" + o.name, {"text/plain": o.text}))
-        elif o.output_type == "error": shown.append(("error", {"text/plain": o.evalue}))
-        else: shown.append((o.output_type, dict(o.data)))
-    return shown
+            if shows and shows[-1][0] == "stream" + o.name: shows[-1][1]["text/plain"] += o.text
+            else: shows.append(("stream" + o.name, {"text/plain": o.text}))
+        elif o.output_type == "error": shows.append(("error", {"text/plain": o.evalue}))
+        else: shows.append((o.output_type, dict(o.data)))
+    return shows
+
+
+def texts(shows: list[tuple[str, dict]]) -> list[str]:
+    "What of these outputs is compared as text: all but pictures, so Markdown and HTML too."
+    parts = [part for _, data in shows for part in sorted(data.items())]
+    return [str(content) for mime, content in parts if not mime.startswith("image/")]
 
 
 def differs(old: str, new: str, rtol: float) -> bool:
@@ -85,59 +105,106 @@ def differs(old: str, new: str, rtol: float) -> bool:
 
 
 def stale(saved, fresh, rtol: float = 0.02) -> list[str]:
-    """Cells whose saved outputs a new run does not reproduce; pictures count by their presence.
+    """Cells whose saved outputs a new run does not give again, a text for each; pictures count by presence.
 
-    A cell that reports times or memory says `#| timing`, one that shows rounding errors, which differ from processor to
-    processor, says `#| rounding`; both are compared by the kinds of their outputs alone.
+    A cell that reports times or memory says `#| timing`, one that shows rounding errors, which differ from
+    processor to processor, says `#| rounding`; both are compared by the kinds of their outputs alone.
     """
-    found = []
+    if len(saved.cells) != len(fresh.cells): return ["another number of cells"]
+    problems = []
     for i, (a, b) in enumerate(zip(saved.cells, fresh.cells)):
         if a.cell_type != "code" or skipped(a): continue
         old, new = outputs(a), outputs(b)
-        if [(k, sorted(d)) for k, d in old] != [(k, sorted(d)) for k, d in new]: found.append(f"cell {i}: other kinds of output")
+        kinds = [[(kind, sorted(data)) for kind, data in shows] for shows in (old, new)]
+        if kinds[0] != kinds[1]: problems.append(f"cell {i}: other kinds of output")
         elif re.search(r"^#\|\s*(timing|rounding)", a.source, re.M): continue
-        elif any(differs(x[kind], y[kind], rtol) for (_, x), (_, y) in zip(old, new) for kind in ("text/plain", "text/markdown") if kind in x):
-            found.append(f"cell {i}: other text\n  saved: {old}\n  fresh: {new}"[:800])
-    return found
+        elif any(differs(x, y, rtol) for x, y in zip(texts(old), texts(new))):
+            problems.append(f"cell {i}: other text\n  saved: {texts(old)}\n  fresh: {texts(new)}"[:800])
+    return problems
 
+
+# --- one notebook after the other, or several at once
+
+class Report(NamedTuple):
+    path: Path
+    seconds: float
+    problems: list[str]
+
+
+def refresh(path: Path, save: bool) -> Report:
+    "Execute a notebook; save its outputs, or compare them with what is saved. An error is a problem too."
+    start = time.time()
+    saved = nbformat.read(path, 4)
+    problems = []
+    try:
+        fresh = execute(copy.deepcopy(saved))
+        if not save: problems = stale(saved, fresh)
+    except (CellExecutionError, DeadKernelError, TimeoutError) as e:
+        problems = [f"{type(e).__name__}: {str(e)[-3000:]}"]
+    if save and not problems:
+        nbformat.write(fresh, path)
+        subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
+    return Report(path, time.time() - start, problems)
+
+
+def refresh_all(paths: list[Path], save: bool, jobs: int) -> Iterator[Report]:
+    "Execute notebooks, so many at once, each in a process of its own; give their reports as they end."
+    if jobs == 1:
+        for path in paths: yield refresh(path, save)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))       # the kernels inherit it
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(refresh, path, save) for path in paths]
+        for future in as_completed(futures): yield future.result()
+
+
+# --- the README
 
 def render_readme() -> str:
     "README.md: the text of index.ipynb, its code as blocks and its printed outputs below."
     parts = ["<!-- Made from nbs/index.ipynb by `python tools/notebooks.py readme`. Change it there. -->"]
     for cell in nbformat.read(ROOT / "nbs/index.ipynb", 4).cells:
-        source = "\n".join(l for l in cell.source.splitlines() if not l.startswith("#|")).strip()
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
         if "#| hide" in cell.source or not source: continue
-        source = re.sub(r"(\]\(|\")(?=(images|results)/|\w+\.ipynb)", r"\1nbs/", source)        # paths as seen from the top
-        parts.append(source if cell.cell_type == "markdown" else f"```python\n{source}\n```")
-        text = "".join(d.get("text/plain", "") for k, d in outputs(cell) if k == "streamstdout") if cell.cell_type == "code" else ""
-        if text.strip(): parts.append(f"```text\n{text.rstrip()}\n```")
+        # paths as seen from the top
+        source = re.sub(r"(\]\(|\")(?=(images|results)/|\w+\.ipynb)", r"\1nbs/", source)
+        if cell.cell_type == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = "".join(data["text/plain"] for kind, data in outputs(cell) if kind == "streamstdout")
+        if printed.strip(): parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 
+def readme(check: bool) -> None:
+    "Write README.md, or end with a complaint where it is not what index.ipynb gives."
+    path, text = ROOT / "README.md", render_readme()
+    if not check: path.write_text(text)
+    elif path.read_text() != text:
+        sys.exit("README.md is not what nbs/index.ipynb gives: run `python tools/notebooks.py readme`")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("command", choices=("run", "check", "readme"))
-    parser.add_argument("paths", nargs="*", help="notebooks (default: all)")
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all)")
     parser.add_argument("--check", action="store_true", help="readme: compare, write nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once (default: 1)")
     args = parser.parse_args()
-    if args.command == "readme":
-        path, text = ROOT / "README.md", render_readme()
-        if args.check: sys.exit(0 if path.read_text() == text else "README.md is not what nbs/index.ipynb gives: run `python tools/notebooks.py readme`")
-        return path.write_text(text)
+    if args.command == "readme": return readme(args.check)
+    paths = args.paths or sorted((ROOT / "nbs").glob("*.ipynb"))
     failed = False
-    for path in [Path(p) for p in args.paths] or sorted((ROOT / "nbs").glob("*.ipynb")):
-        saved, start = nbformat.read(path, 4), time.time()
-        fresh = execute(copy.deepcopy(saved))
-        if args.command == "run":
-            nbformat.write(fresh, path)
-            subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
-            found = []
-        else: found = stale(saved, fresh)
-        failed |= bool(found)
-        print(f"{path.name}: {time.time() - start:.0f} s" + "".join(f"\n  {f}" for f in found), flush=True)
-    sys.exit("saved outputs are not what a run gives: `python tools/notebooks.py run`, then look at them" if failed else 0)
+    for report in refresh_all(paths, args.command == "run", args.jobs):
+        failed |= bool(report.problems)
+        problems = "".join(f"\n  {p}" for p in report.problems)
+        print(f"{report.path.name}: {report.seconds:.0f} s{problems}", flush=True)
+    if failed:
+        sys.exit("saved outputs are not what a run gives: `python tools/notebooks.py run`, then look at them")
 
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"       # figures are outputs, also where a script asked for Agg
+    # figures are outputs, also where a script asked for Agg
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     main()

@@ -1,10 +1,12 @@
-"""Rehearse a sharded training step with many ranks in one process: torch's fake process group and fake tensors, no memory, no GPU.
+"""Rehearse a sharded training step with many ranks in one process, without their memory and without a GPU.
 
     python tools/rehearse.py --model deco-xl --ranks 64 512       prints one JSON object per number of ranks
 
-Rank 0 builds the model, shards every block and the root (FSDP2), runs forward and backward of one image and steps AdamW. Counted are
-the bytes of its shards, the bytes of the whole tensors that the collectives gather and scatter, and what torch's own memory tracker
-finds beside the shards at the peak (of a second backward pass, when gradients exist). `--depth` shortens the model.
+With torch's fake process group and fake tensors, rank 0 builds the model, shards every block and the root
+(FSDP2), runs forward and backward of one image and steps AdamW. Counted are the bytes of its shards, the
+bytes of the whole tensors that the collectives gather and scatter, and what torch's own memory tracker
+finds beside the shards at the peak (of a second backward pass, when gradients exist). `--depth` shortens
+the model.
 """
 import argparse
 import json
@@ -31,8 +33,13 @@ class Collectives(TorchDispatchMode):
         return f(*args, **(kwargs or {}))
 
 
+def local_bytes(tensors) -> int:
+    "Bytes of rank 0's shards."
+    return sum(v.to_local().nbytes for v in tensors)
+
+
 def rehearse(config: dict, size: int, ranks: int) -> dict:
-    "Bytes of rank 0's weights, gradients and moments; gathered and scattered in a step; beside the shards at the peak."
+    "Bytes of rank 0's weights, gradients and moments; of a step's collectives; beside the shards."
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     start = time.time()
     try:
@@ -40,33 +47,42 @@ def rehearse(config: dict, size: int, ranks: int) -> dict:
         with FakeTensorMode():
             model = build(config)
             grid = (size // model.patch_size,) * 2
-            model.grid = lambda x, y: grid                        # the real one looks at the labels' values, which do not exist
+            model.grid = lambda x, y: grid              # the real one looks at the labels' values
             for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
-            x, t, y = torch.zeros(1, model.config["channels"], size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-            backward = lambda: model(x, t, y).square().mean().backward()
+            x = torch.zeros(1, model.config["channels"], size, size)
+            t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+            def backward(): model(x, t, y).square().mean().backward()
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            with Collectives() as sent: backward()
+            with Collectives() as collectives: backward()
             optimizer.step()
-            count = lambda tensors: sum(v.to_local().nbytes for v in tensors)
             moments = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
-            found = dict(weights=count(model.parameters()), gradients=count(p.grad for p in model.parameters()), moments=count(moments),
-                         gathered=sent.bytes["_allgather_base_"], scattered=sent.bytes["_reduce_scatter_base_"])
+            result = dict(weights=local_bytes(model.parameters()),
+                          gradients=local_bytes(p.grad for p in model.parameters()),
+                          moments=local_bytes(moments),
+                          gathered=collectives.bytes["_allgather_base_"],
+                          scattered=collectives.bytes["_reduce_scatter_base_"])
             tracker = FSDPMemTracker(model, None)
             with tracker: backward()
-            peak = {str(k).rpartition(".")[2]: v for k, v in list(tracker.get_tracker_snapshot("peak").values())[0].items()}
-        return found | dict(beside=peak["Total"] - peak["SHARDED_PARAM"] - peak["SHARDED_GRAD"], seconds=round(time.time() - start, 1))
+            device, = tracker.get_tracker_snapshot("peak").values()
+            peak = {str(kind).rpartition(".")[2]: size for kind, size in device.items()}
+        beside = peak["Total"] - peak["SHARDED_PARAM"] - peak["SHARDED_GRAD"]
+        return result | dict(beside=beside, seconds=round(time.time() - start, 1))
     finally: dist.destroy_process_group()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", choices=SIZES, default="deco-xl")
     parser.add_argument("--depth", type=int, help="blocks (default: all)")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
     args = parser.parse_args()
-    config = dict(zip(COLUMNS, SIZES[args.model])) | dict(recompute="blocks") | (dict(depth=args.depth) if args.depth else {})
-    for ranks in args.ranks: print(json.dumps(dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks) | rehearse(config, args.size, ranks)))
+    config = dict(zip(COLUMNS, SIZES[args.model])) | dict(recompute="blocks")
+    if args.depth: config["depth"] = args.depth
+    for ranks in args.ranks:
+        setup = dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks)
+        print(json.dumps(setup | rehearse(config, args.size, ranks)))
 
 
 if __name__ == "__main__": main()

@@ -1,14 +1,15 @@
-"""How fast is `deco`, beside a literal transcription of the paper's equations (tests/naive.py) and beside the machine?
+"""How fast is `deco`, beside a literal transcription of the paper's equations and beside the machine?
 
-    python tools/speed.py train          one training step of deco-l, 256 pixels, batch 2, float32: time and activation memory
-    python tools/speed.py sample         50 Euler steps at guidance 3.2 on [0.1, 1], deco-l, 256 pixels, batch 1
-    python tools/speed.py toy            a training step of the toy model: its share of the matrix product's rate
+    python tools/speed.py train     a training step of deco-l, 256 pixels, batch 2: time and activation memory
+    python tools/speed.py sample    50 Euler steps of deco-l at guidance 3.2 on [0.1, 1], 256 pixels, batch 1
+    python tools/speed.py toy       a training step of the toy model: its share of the matrix product's rate
     python tools/speed.py --out nbs/results/speed.json train sample toy      all, kept as JSON
 
-Both sides run in one process, in turn, on the same weights; each job has a process of its own, so that it does not find the
-heap that another left (freed memory that is kept, or given back and paged in anew, is worth ten per cent on a CPU). On two cores
-`train` takes two minutes, `sample` four, `toy` half a minute. Peak activation memory is what lives at most besides weights,
-gradients and optimizer state, which exist beforehand on both sides.
+The transcription is tests/naive.py. Both sides run in one process, in turn, on the same weights, in float32.
+Each job has a process of its own, so that it does not find the heap that another left: freed memory that is
+kept, or given back and paged in anew, is worth ten per cent on a CPU. On two cores `train` takes two minutes,
+`sample` four, `toy` half a minute. Peak activation memory is what lives at most besides weights, gradients
+and optimizer state, which exist beforehand on both sides.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import naive                       # noqa: E402
+import naive
 from deco.dct import frequency_loss, jpeg_weights
 from deco.flow import flow_loss, interpolate, sample, velocity
 from deco.model import create
@@ -46,9 +47,11 @@ def in_turn(sides: dict, rounds: int) -> dict[str, list[float]]:
 def peak_bytes(f) -> int:
     "The most bytes of tensors that f() has alive at once, beyond those that lived before."
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
-    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0
-    for _, n in events: alive += n; peak = max(peak, alive)
+    for _, n in sorted((e.start_ns(), e.nbytes()) for e in events):
+        alive += n
+        peak = max(peak, alive)
     return peak
 
 
@@ -75,12 +78,14 @@ def problem(model, size: int, batch: int):
     "The two losses, ours and the transcription's, on the same fixed batch."
     g = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(batch, 3, size, size, generator=g) for _ in range(2))
-    t, y = torch.rand(batch, generator=g), torch.arange(batch) % model.num_classes
-    params, w = dict(model.named_parameters()), jpeg_weights()
+    t = torch.rand(batch, generator=g)
+    y = torch.arange(batch) % model.num_classes
+    params, weights = dict(model.named_parameters()), jpeg_weights()
     def ours():
         v, target = model(interpolate(x, noise, t), t, y), velocity(x, noise)
         return flow_loss(v, target) + frequency_loss(v, target)
-    return ours, lambda: naive.loss(params, model.config, x, noise, t, y, w)
+    def literal(): return naive.loss(params, model.config, x, noise, t, y, weights)
+    return ours, literal
 
 
 def stepper(loss, model, **adam):
@@ -94,8 +99,9 @@ def stepper(loss, model, **adam):
 
 
 def compare(times) -> dict:
-    med = {k: statistics.median(v) for k, v in times.items()}
-    return dict(seconds=times, ratio=statistics.median(a / b for a, b in zip(times["naive"], times["ours"])), median=med)
+    median = {k: statistics.median(v) for k, v in times.items()}
+    ratio = statistics.median(a / b for a, b in zip(times["naive"], times["ours"]))
+    return dict(seconds=times, ratio=ratio, median=median)
 
 
 def bench_train(model, rounds: int) -> dict:
@@ -103,20 +109,27 @@ def bench_train(model, rounds: int) -> dict:
     a, b = ours(), literal()
     assert abs(a - b) < 1e-4 * abs(b), "the two sides compute different losses"
     work = flops(lambda: ours().backward())
-    result = compare(in_turn(dict(naive=stepper(literal, model), ours=stepper(ours, model, fused=True)), rounds))
-    memory = {name: peak_bytes(lambda f=f: f().backward()) / 1e9 for name, f in (("naive", literal), ("ours", ours))}
-    return result | dict(flops=work, share=work / result["median"]["ours"] / matmul_rate(), activation_GB=memory,
-                         memory_ratio=memory["ours"] / memory["naive"])
+    sides = dict(naive=stepper(literal, model), ours=stepper(ours, model, fused=True))
+    result = compare(in_turn(sides, rounds))
+    losses = dict(naive=literal, ours=ours)
+    memory = {name: peak_bytes(lambda: loss().backward()) / 1e9 for name, loss in losses.items()}
+    share = work / result["median"]["ours"] / matmul_rate()
+    memory_ratio = memory["ours"] / memory["naive"]
+    return result | dict(flops=work, share=share, activation_GB=memory, memory_ratio=memory_ratio)
 
 
 def bench_sample(model, rounds: int) -> dict:
-    noise, y, params = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)), torch.tensor([1]), dict(model.named_parameters())
+    noise = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([1])
+    params = dict(model.named_parameters())
     settings = dict(steps=50, guidance=3.2, interval=(0.1, 1.0))
-    sides = dict(naive=lambda: naive.euler(params, model.config, noise, y, **settings), ours=lambda: sample(model, noise, y, **settings))
-    times = {name: [] for name in sides}
+    images = {}
+    def literal(): images["naive"] = naive.euler(params, model.config, noise, y, **settings)
+    def ours(): images["ours"] = sample(model, noise, y, **settings)
+    times = dict(naive=[], ours=[])
     for _ in range(rounds):
-        images = {}
-        for name, f in sides.items(): times[name].append(clock(lambda: images.update({name: f()})))
+        times["naive"].append(clock(literal))
+        times["ours"].append(clock(ours))
     assert torch.allclose(images["naive"], images["ours"], atol=1e-2), "the two sides draw different images"
     return compare(times)
 
@@ -124,14 +137,23 @@ def bench_sample(model, rounds: int) -> dict:
 def bench_toy(name: str, rounds: int) -> dict:
     model = fill_zeros(create(name, num_classes=10))
     ours, literal = problem(model, 32, 32)
-    work, rate = flops(lambda: ours().backward()), matmul_rate()
+    work = flops(lambda: ours().backward())
+    rate = matmul_rate()
     sides = dict(naive=stepper(literal, model), ours=stepper(ours, model, fused=True))
     result = compare(in_turn(sides, rounds))
-    return result | dict(flops=work, matmul_rate=rate, share={k: work / v / rate for k, v in result["median"].items()})
+    share = {k: work / v / rate for k, v in result["median"].items()}
+    return result | dict(flops=work, matmul_rate=rate, share=share)
+
+
+def alone(job: str, rounds: int) -> dict:
+    "The result of a job that has a process of its own."
+    command = [sys.executable, __file__, job, "--rounds", str(rounds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="+", choices=("train", "sample", "toy"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -139,7 +161,7 @@ def main():
     torch.manual_seed(0)
     result = dict(torch=torch.__version__, threads=torch.get_num_threads(), machine=platform.machine())
     if len(args.what) > 1:
-        for what in args.what: result |= json.loads(subprocess.run([sys.executable, __file__, what, "--rounds", str(args.rounds)], check=True, capture_output=True, text=True).stdout)
+        for job in args.what: result |= alone(job, args.rounds)
     elif "train" in args.what: result["train"] = bench_train(fill_zeros(create("deco-l")), args.rounds)
     elif "sample" in args.what: result["sample"] = bench_sample(fill_zeros(create("deco-l")), 1)
     else: result["toy"] = bench_toy("deco-toy", 10 * args.rounds)
