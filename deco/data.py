@@ -9,7 +9,7 @@ __all__ = ['to_tensor', 'to_float', 'to_uint8', 'Dataset', 'Images', 'openmoji',
 # %% ../nbs/00_data.ipynb #c002
 import io
 import re
-from collections.abc import Callable
+
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -57,11 +57,10 @@ def to_uint8(x: Tensor) -> Tensor:
 
 # %% ../nbs/00_data.ipynb #c016
 class Dataset:
-    "Give pictures by their numbers, 0 to len - 1. A subclass says how many there are and how to `read` them."
-    classes: list[str]
-    labels: Tensor       # (N,) int64: which of the classes
-    can_flip: Tensor     # (N,) bool: is the mirror image as good a picture?
+    """Give pictures by their numbers, from 0 on. A subclass says how many there are and how to `read` them.
 
+    It has `classes`, `labels` (N,) int64, and `can_flip` (N,) bool: is the mirror image as good a picture?
+    """
     def read(self, i: Tensor) -> tuple[Tensor, Tensor, list]:
         "Read pictures (n,): pixels (n, 3, S, S) uint8, targets, and (path, reason) of each one replaced."
         raise NotImplementedError
@@ -86,7 +85,7 @@ class Images(Dataset):
     labels: Tensor
     classes: list[str]
     captions: list[str]
-    can_flip: Tensor
+    can_flip: Tensor     # (N,) bool
 
     def __len__(self) -> int: return len(self.pixels)
 
@@ -95,8 +94,8 @@ class Images(Dataset):
         return self.pixels[i], self.targets(i), []
 
 # %% ../nbs/00_data.ipynb #c021
-def cached(path: Path, make: Callable[[], Images]) -> Images:
-    """Read images from a safetensors file; make them and save them there where it is missing or damaged.
+def cached(path: Path, make) -> Images:
+    """Read images from a safetensors file; call make() and save them there where it is missing or damaged.
 
     Raises OSError where they can't be saved.
     """
@@ -148,7 +147,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 # %% ../nbs/00_data.ipynb #c036
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # %% ../nbs/00_data.ipynb #0d3f61aa
 def list_images(folder: str | Path) -> list[Path]:
@@ -159,7 +158,7 @@ def list_images(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"no image folder {folder}: {mend}")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if paths: return paths
-    mend = f"expected files ending in {' '.join(sorted(EXTENSIONS))}, or folders of them, one per class"
+    mend = f"expected files ending in {' '.join(EXTENSIONS)}, or folders of them, one per class"
     raise FileNotFoundError(f"no image in {folder}: {mend}")
 
 def read_image(path: Path, size: int) -> Tensor:

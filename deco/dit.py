@@ -296,8 +296,8 @@ class DiT(nn.Module):
     patch_size, width, depth, heads, mlp_ratio, channels: the shape.
     num_classes: how many labels there are; the label num_classes stands for "no label".
     recompute: "none", "cheap" or "blocks", what the backward pass computes again to save memory.
-    prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v is
-    a velocity in both.
+    prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v
+    is a velocity in both.
     text_width above 0: y is a prompt's embeddings, of this width, at most text_length of them (16_text).
     text_depth: blocks that refine them. official_text: computed as the authors' code does.
 

@@ -1,4 +1,6 @@
-"""Every preset, shrunk to four tiny steps: train (which draws and saves), resume, sample, evaluate. Alone, or under torchrun:
+"""Every preset, shrunk to four tiny steps: train (which draws and saves), resume, sample, evaluate.
+
+Alone, or under torchrun:
 
     python tests/smoke.py FOLDER
     torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER
@@ -13,22 +15,26 @@ CLASSIFIER = Path(__file__).parent.parent / "nbs/results/09_classifier/model.saf
 def smoke(preset: str, folder: Path, parallel: str) -> None:
     "All that a user does with a run, within its first four steps."
     out = folder / preset
-    flags = ["--preset", preset, "--smoke", "--parallel", parallel, "--data-root", str(folder / "data"), "--out", str(out)]
+    flags = ["--preset", preset, "--smoke", "--parallel", parallel, "--data-root", str(folder / "data"),
+             "--out", str(out)]
     train.main([*flags, "--images", "32"])
     train.main([*flags, "--images", "64"])
     drawn = ["--num-images", "6", "--steps", "2", "--device", "cpu"]
     sample.main([str(out), *drawn, "--out", str(folder / f"{preset}-samples")])
     evaluate.main([str(out), *drawn, "--extractor", "classifier", "--extractor-weights", str(CLASSIFIER)])
-    core.on_rank0(lambda: complete(out, folder / f"{preset}-samples"))         # the first process writes the report
+    core.on_rank0(lambda: complete(out, folder / f"{preset}-samples"))   # the first process writes the report
 
 
 def complete(out: Path, samples: Path) -> None:
+    "All that is there afterwards."
     assert [row["images"] for row in train.read_log(out / "log.jsonl")] == [16, 32, 48, 64], out
     assert [p.name for p in train.checkpoints(out)] == ["000000000032", "000000000064"], out
-    assert (out / "evaluation" / "report.md").exists() and len(list(samples.glob("*.png"))) == 6, out
+    assert (out / "evaluation" / "report.md").exists(), out
+    assert len(list(samples.glob("*.png"))) == 6, out
 
 
 if __name__ == "__main__":
-    with core.process_group("cpu"):                                                # one group for all: torchrun's store is not made for several in turn
+    with core.process_group("cpu"):         # one group for all: torchrun's store is not made for several
         for i, preset in enumerate(config.PRESETS): smoke(preset, Path(sys.argv[1]), ("ddp", "fsdp")[i % 2])
-    if core.dist_info().rank == 0: print(f"{len(config.PRESETS)} presets, {core.dist_info().world_size} processes")
+    info = core.dist_info()
+    if info.rank == 0: print(f"{len(config.PRESETS)} presets, {info.world_size} processes")

@@ -14,28 +14,44 @@ from deco.config import PRESETS
 from deco import train as training
 from deco.core import read_tensors
 
-STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0", "--ema-decay", "0.99", "0.9"]
+STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0",
+         "--ema-decay", "0.99", "0.9"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def start_two(*argv) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*TORCHRUN, *map(str, argv)], stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
+
+
 def two(*argv, script=("-m", "deco.train")) -> str:
     "A command in two processes; what it prints."
-    agent = subprocess.Popen([*TORCHRUN, *script, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    try: said, err = agent.communicate(timeout=300)
-    except subprocess.TimeoutExpired:                                                    # torchrun ends its processes; killed, it would leave them
-        agent.terminate()
-        said, err = agent.communicate(timeout=120)
+    agent = start_two(*script, *argv)
+    try: out, err = agent.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        agent.terminate()                        # torchrun ends its processes; killed, it would leave them
+        out, err = agent.communicate(timeout=120)
     assert agent.returncode == 0, err[-3000:]
-    return said
+    return out
+
+
+def alone(*argv) -> str:
+    "A script in a process of its own; what it prints."
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     "All that the newest checkpoint holds; shares of FSDP are not put together."
-    return {k: v for path in sorted(training.checkpoints(out)[-1].glob("*.safetensors")) for k, v in read_tensors(path).items()}
+    files = sorted(training.checkpoints(out)[-1].glob("*.safetensors"))
+    return {k: v for path in files for k, v in read_tensors(path).items()}
 
 
-def rows(out: Path) -> list[dict]: return [{k: v for k, v in row.items() if k != "speed"} for row in training.read_log(out / "log.jsonl")]
+def rows(out: Path) -> list[dict]:
+    "The log, without how fast it was."
+    return [{k: v for k, v in row.items() if k != "speed"} for row in training.read_log(out / "log.jsonl")]
 
 
 def same(a: Path, b: Path) -> None:
@@ -63,21 +79,24 @@ def straight(photos, tmp_path_factory):
 
 def test_same_losses(straight, photos, tmp_path):
     "The same total batch: 1 process, 2 with DDP, 2 with FSDP, 1 with two passes a step."
-    assert run(training, *STEPS, "--data", photos, "--images", 480, "--micro-batch", 8, "--out", tmp_path / "passes") == ""
-    two(*STEPS, "--data", photos, "--images", 480, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
+    steps = [*STEPS, "--data", photos, "--images", 480]
+    assert run(training, *steps, "--micro-batch", 8, "--out", tmp_path / "passes") == ""
+    two(*steps, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
     for other in (straight / "two", tmp_path / "fsdp", tmp_path / "passes"): close(straight / "one", other)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_one(straight, photos, tmp_path, workers):
     "15 + 15 steps are 30 steps, bit for bit, whoever reads the images."
-    for images in (240, 480): assert run(training, *STEPS, "--data", photos, "--workers", workers, "--images", images, "--out", tmp_path / "run") == ""
+    steps = [*STEPS, "--data", photos, "--workers", workers, "--out", tmp_path / "run"]
+    for images in (240, 480): assert run(training, *steps, "--images", images) == ""
     same(straight / "one", tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_two(straight, photos, tmp_path, workers):
-    for images in (240, 480): two(*STEPS, "--data", photos, "--workers", workers, "--images", images, "--out", tmp_path / "run")
+    steps = [*STEPS, "--data", photos, "--workers", workers, "--out", tmp_path / "run"]
+    for images in (240, 480): two(*steps, "--images", images)
     same(straight / "two", tmp_path / "run")
 
 
@@ -103,47 +122,45 @@ def test_falls_back(straight, photos, tmp_path, capsys):
 
 def test_keep(photos, tmp_path):
     "The newest two, and every 64 images."
-    flags = ["--smoke", "--data", photos, "--images", 192, "--save-every", 16, "--sample-every", 192, "--keep-every", 64, "--out", tmp_path / "run"]
-    assert run(training, *flags) == ""
+    flags = ["--smoke", "--data", photos, "--images", 192, "--save-every", 16, "--sample-every", 192]
+    assert run(training, *flags, "--keep-every", 64, "--out", tmp_path / "run") == ""
     assert [int(p.name) for p in training.checkpoints(tmp_path / "run")] == [64, 128, 176, 192]
 
 
 def test_stop_two(photos, tmp_path):
     "A scheduler's SIGTERM to torchrun: both processes stop after one step, saved; the same command goes on."
-    out, flags = tmp_path / "run", [*STEPS, "--data", str(photos), "--out", str(tmp_path / "run")]
-    p = subprocess.Popen([*TORCHRUN, "-m", "deco.train", *flags, "--images", "480000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    out = tmp_path / "run"
+    flags = [*STEPS, "--data", str(photos), "--out", str(out)]
+    p = start_two("-m", "deco.train", *flags, "--images", "480000")
     deadline = time.time() + 120
     while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
     p.send_signal(signal.SIGTERM)
     _, err = p.communicate(timeout=120)
     seen = rows(out)[-1]["images"]
-    assert p.returncode != 0 and f"stopped and saved after {seen:,} images" in err and int(training.checkpoints(out)[-1].name) == seen
+    assert p.returncode != 0 and f"stopped and saved after {seen:,} images" in err
+    assert int(training.checkpoints(out)[-1].name) == seen
     assert run(training, *flags, "--images", seen + 16) == "" and rows(out)[-1]["images"] == seen + 16
 
 
 def test_init(straight, photos, tmp_path):
     "A run may start from another's weights, of another image size; wrong ones are refused."
-    start = ["--smoke", "--data", photos, "--init", straight / "one", "--size", "32", "--images", "16", "--lr", "1e-9", "--warmup", "0", "--out"]
-    assert run(training, *start, tmp_path / "run") == ""
+    start = ["--smoke", "--data", photos, "--init", straight / "one", "--size", "32", "--images", "16"]
+    assert run(training, *start, "--lr", "1e-9", "--warmup", "0", "--out", tmp_path / "run") == ""
     a, b = (read_tensors(folder / "model.safetensors") for folder in (straight / "one", tmp_path / "run"))
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
-    assert "does not fit" in run(training, *start, tmp_path / "other", "--model", "deco-toy")
+    assert "does not fit" in run(training, *start, "--out", tmp_path / "other", "--model", "deco-toy")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_smoke(processes, tmp_path):
     "Every preset, shrunk: train, draw, save, resume, sample, evaluate within four steps."
     script = Path(__file__).parent / "smoke.py"
-    if processes == 2: said = two(tmp_path, script=(str(script),))
-    else:
-        done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=ONE_THREAD)
-        assert done.returncode == 0, done.stderr[-3000:]
-        said = done.stdout
-    assert f"{len(PRESETS)} presets, {processes} processes" in said
+    if processes == 2: out = two(tmp_path, script=(str(script),))
+    else: out = alone(script, tmp_path)
+    assert f"{len(PRESETS)} presets, {processes} processes" in out
 
 
 def test_killed():
-    "SIGKILL at random moments; the end is that of an undisturbed run (tools/kill.py says more, and does it twenty times)."
-    done = subprocess.run([sys.executable, str(Path(__file__).parent.parent / "tools" / "kill.py"), "--kills", "4"], capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["identical"]
+    "SIGKILL at random moments; the end is that of an undisturbed run (tools/kill.py does it twenty times)."
+    out = alone(Path(__file__).parent.parent / "tools" / "kill.py", "--kills", 4)
+    assert json.loads(out)["identical"]
