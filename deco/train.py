@@ -696,7 +696,8 @@ def _open_data(cfg):
 
 def _title(run, data):
     "Say in a line what is trained, where, and on what."
-    cfg, world_size = run.cfg, dist_info().world_size
+    cfg = run.cfg
+    world_size = dist_info().world_size
     processes = f", {world_size} processes, {cfg.parallel}" if world_size > 1 else ""
     kind = f"with captions for {cfg.text}" if cfg.text else f"in {len(data.classes)} classes"
     return (f"{cfg.model}: {parameter_count(run.model):,} parameters on {run.device}{processes}; "

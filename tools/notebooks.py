@@ -192,7 +192,7 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all)")
     parser.add_argument("--check", action="store_true", help="readme: compare, write nothing")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at once (default: 1)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()            # --jobs may stand before the paths
     if args.command == "readme": return readme(args.check)
     paths = args.paths or sorted((ROOT / "nbs").glob("*.ipynb"))
     failed = False
