@@ -332,13 +332,6 @@ def run_command(main: Callable) -> None:
         sys.exit(f"error: {' '.join(str(e).split())}")
 
 # %% ../nbs/90_core.ipynb #k062i
-def at_least(low: int):
-    "The type of a flag: a whole number that is not below `low`."
-    def number(text: str) -> int:
-        if int(text) >= low: return int(text)
-        raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
-    return number
-
 def command_line(command: str, settings) -> str:
     "Write the command that has these settings: its flags that are not at their defaults."
     words = []

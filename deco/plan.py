@@ -15,7 +15,7 @@ from .config import parse
 from .core import ABOVE_0, check_settings, Parser, flag, read_json, run_command, setting
 from .datasets import NAMED
 from .dit import Block, DiT, linear_flops
-from .model import COLUMNS, SIZES, build, model_args
+from .model import SIZES, build, model_args
 
 # %% ../nbs/13_plan.ipynb #p008
 _Size = int | tuple[int, int]                                     # pixels: a square's side, or (H, W)
@@ -280,7 +280,7 @@ def cost(cfg, **machine) -> str:
     Raises ValueError as `plan` does.
     """
     classes = NAMED[cfg.data].classes if cfg.data in NAMED else 1000
-    config = dict(zip(COLUMNS, SIZES[cfg.model])) | model_args(cfg.model_args) | dict(num_classes=classes)
+    config = SIZES[cfg.model] | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.text: config |= dict(text_width=_text_width(cfg.text), text_length=cfg.text_length)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     names = ("size", "batch_size", "images", "micro_batch", "precision", "parallel")

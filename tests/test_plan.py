@@ -15,12 +15,12 @@ from deco import plan as planning
 from deco.config import parse, PRESETS
 from deco.decoder import FieldHead, PixelDecoder
 from deco.dit import PatchHead, RECOMPUTE
-from deco.model import build, COLUMNS, create, model_args, SIZES
+from deco.model import build, create, model_args, SIZES
 from deco.plan import (activations, communication, flops, flops_per_image, memory, parameters, plan, show,
                        step_flops)
 
 
-def named(name, **overrides): return dict(zip(COLUMNS, SIZES[name])) | overrides
+def named(name, **overrides): return SIZES[name] | overrides
 
 
 def inputs(size, n, device="cpu"):
@@ -32,7 +32,7 @@ def inputs(size, n, device="cpu"):
                                         ("dit-l", 459_171_584)])
 def test_parameters(name, total):
     p = parameters(named(name))
-    assert p["total"] == total == SIZES[name][COLUMNS.index("depth")] * p["block"] + p["rest"]
+    assert p["total"] == total == SIZES[name]["depth"] * p["block"] + p["rest"]
 
 
 def test_shards_are_cut_as_torch_cuts():

@@ -18,7 +18,7 @@ from deco.config import PRESETS, Config
 from deco.core import parameter_count
 from deco.dit import rope_table
 from deco.flow import sample
-from deco.model import COLUMNS, SIZES
+from deco.model import SIZES
 from deco.plan import activations, flops, flops_per_image
 from deco.text import TextEncoder
 
@@ -141,7 +141,7 @@ def test_plan_counts_what_is_kept(name, mode):
             model(torch.randn(n, 3, 32, 48), torch.rand(n), torch.randn(n, 24, 384))
         return sum(t.untyped_storage().nbytes() for t in saved.values())
     model = deco.create(name, **text)
-    parts, _ = activations(dict(zip(COLUMNS, SIZES[name])) | text, (32, 48))
+    parts, _ = activations(SIZES[name] | text, (32, 48))
     assert sum(parts.values()) - parts["loss"] == pytest.approx(kept(model, 2) - kept(model, 1), rel=0.05)
 
 
@@ -281,7 +281,7 @@ def test_the_authors_weights_stay_theirs(tmp_path):
     with pytest.raises(ValueError, match="official_text=1"): training.Run(cfg, 0, "cpu")
     shape = {k: v for k, v in config.items() if k not in ("text_width", "num_classes")}
     wider = deco.create("deco-tiny", **shape, text_width=24)
-    training.started_from(str(theirs), wider)
+    training.start_from(str(theirs), wider)
     assert velocity_error(wider) < 1e-4
     cfg = Config(model="deco-tiny", text="minilm", model_args="official_text=1")
-    assert training.Run(cfg, 0, "cpu").encoder("sun").shape == (1, 128, 384)       # padded to the full length
+    assert training.Run(cfg, 0, "cpu").text_encoder("sun").shape == (1, 128, 384)       # padded to the full length

@@ -18,7 +18,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from deco.model import COLUMNS, SIZES, build
+from deco.model import SIZES, build
 
 
 class Collectives(TorchDispatchMode):
@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
     args = parser.parse_args()
-    config = dict(zip(COLUMNS, SIZES[args.model])) | dict(recompute="blocks")
+    config = SIZES[args.model] | dict(recompute="blocks")
     if args.depth: config["depth"] = args.depth
     for ranks in args.ranks:
         setup = dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks)
