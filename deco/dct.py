@@ -69,16 +69,26 @@ def dct_spectrum(x: Tensor, n: int = 8) -> Tensor:
     return energy.flatten(1)[:, zigzag(n).to(x.device)]
 
 # %% ../nbs/01_dct.ipynb #c058
+# The tables of the standard (ITU T.81, annex K), first luma, then chroma.
 _TABLES = """
-    16  11  10  16  24  40  51  61      17  18  24  47  99  99  99  99
-    12  12  14  19  26  58  60  55      18  21  26  66  99  99  99  99
-    14  13  16  24  40  57  69  56      24  26  56  99  99  99  99  99
-    14  17  22  29  51  87  80  62      47  66  99  99  99  99  99  99
-    18  22  37  56  68 109 103  77      99  99  99  99  99  99  99  99
-    24  35  55  64  81 104 113  92      99  99  99  99  99  99  99  99
-    49  64  78  87 103 121 120 101      99  99  99  99  99  99  99  99
-    72  92  95  98 112 100 103  99      99  99  99  99  99  99  99  99
-"""                             # of the standard (ITU T.81, annex K): luma, chroma
+    16  11  10  16  24  40  51  61
+    12  12  14  19  26  58  60  55
+    14  13  16  24  40  57  69  56
+    14  17  22  29  51  87  80  62
+    18  22  37  56  68 109 103  77
+    24  35  55  64  81 104 113  92
+    49  64  78  87 103 121 120 101
+    72  92  95  98 112 100 103  99
+
+    17  18  24  47  99  99  99  99
+    18  21  26  66  99  99  99  99
+    24  26  56  99  99  99  99  99
+    47  66  99  99  99  99  99  99
+    99  99  99  99  99  99  99  99
+    99  99  99  99  99  99  99  99
+    99  99  99  99  99  99  99  99
+    99  99  99  99  99  99  99  99
+"""
 
 def jpeg_tables(quality: int) -> Tensor:
     """Give JPEG's quantization tables of a quality of 1 to 100: (2, 8, 8), luma, chroma, integers up to 255.
@@ -89,7 +99,7 @@ def jpeg_tables(quality: int) -> Tensor:
     except TypeError: q = 0
     if not 1 <= q <= 100: raise ValueError(f"quality must be a whole number from 1 to 100, not {quality!r}")
     scale = 5000 // q if q < 50 else 200 - 2 * q
-    tables = torch.tensor([int(n) for n in _TABLES.split()]).view(8, 2, 8).transpose(0, 1)      # (2, 8, 8)
+    tables = torch.tensor([int(n) for n in _TABLES.split()]).view(2, 8, 8)
     return ((tables * scale + 50) // 100).clamp(1, 255)
 
 # %% ../nbs/01_dct.ipynb #c068
