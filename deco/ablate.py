@@ -46,11 +46,11 @@ def blockiness(images: Tensor, patch_size: int) -> float:
     return (sum(borders) / sum(inside)).item()
 
 # %% ../nbs/14_ablations.ipynb #a_rows
-def _dit_row(args: str = "depth=7", **changed) -> dict:
+def _dit_row(args="depth=7", **changed):
     "Describe a plain DiT, by default with as many blocks as take DeCo's time, and what is changed."
     return dict(model="dit-toy", model_args=args, freq_weight=0.0) | changed
 
-def _deco_row(args: str = "", freq_weight: float = 1.0, **changed) -> dict:
+def _deco_row(args="", freq_weight=1.0, **changed):
     "Describe a DeCo, with a decoder of 16 channels if `args` has no other, and what is changed."
     if "decoder_width" not in args: args = f"decoder_width=16,{args}" if args else "decoder_width=16"
     return dict(model="deco-toy", model_args=args, freq_weight=freq_weight) | changed

@@ -41,7 +41,7 @@ def caption(content: bytes, kind: str = "txt") -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 # %% ../nbs/17_captions.ipynb #y004
-def _caption_offsets(shard: str) -> dict[str, tuple]:
+def _caption_offsets(shard):
     """Find the caption of each sample of a tar shard, by its key: first byte, length, is it JSON?
 
     A .txt is preferred to a .json.
@@ -56,7 +56,7 @@ def _caption_offsets(shard: str) -> dict[str, tuple]:
     except (tarfile.TarError, ValueError): pass                       # cut or damaged: deco.files has said so
     return offsets
 
-def _caption_table(data: Files, root: str | Path) -> Tensor:
+def _caption_table(data, root):
     "Make the table (N, 3) int64 of `_caption_offsets`, -1 where there is none; kept in a file under `root`."
     path = cache_path(root, "captions", repr(data.bases))
     if path.exists(): return read_tensors(path)["at"]
@@ -122,12 +122,12 @@ class Captioned(Files):
 # %% ../nbs/17_captions.ipynb #y006
 _IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
 
-def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def _add_file(tar, name, content):
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
 
-def _to_tar(source: str, path: Path) -> None:
+def _to_tar(source, path):
     "Write the pictures and captions of a parquet file as a tar shard, in its order."
     try: from pyarrow.parquet import ParquetFile
     except ImportError:

@@ -176,7 +176,7 @@ def check(cfg: Config, processes: int = 1) -> None:
                          "that each process takes of a step")
 
 # %% ../nbs/22_config.ipynb #t072
-def _parser() -> Parser:
+def _parser():
     parser = Parser("train",
         description="Train DeCo. Without flags: a small model on OpenMoji at 32 pixels, minutes on two CPU "
                     "cores. The same command again resumes.",

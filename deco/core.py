@@ -240,7 +240,7 @@ def progress(items: Iterable, total: int | None = None, say: Callable = str, eve
             print(f"{i}/{total}, {left:.0f} s left {say()}", flush=True)
 
 # %% ../nbs/90_core.ipynb #k061r
-def _at_least(low: float) -> tuple: return (lambda v: low <= v < math.inf), f"at least {low}"
+def _at_least(low): return (lambda v: low <= v < math.inf), f"at least {low}"
 
 AT_LEAST_0, AT_LEAST_1, AT_LEAST_4 = _at_least(0), _at_least(1), _at_least(4)
 

@@ -124,7 +124,7 @@ def openmoji(size: int = 32, root: str | Path = "data") -> Images:
 
     All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
     """
-    def make() -> Images:
+    def make():
         paths, captions, groups = zip(*openmoji_designs())
         pixels = torch.stack([to_tensor(render(path, size)) for path in progress(paths)])
         classes = sorted(set(groups))
@@ -209,7 +209,7 @@ def cifar10(size: int = 32, root: str | Path = "data") -> Images:
 
 # %% ../nbs/00_data.ipynb #c049
 @lru_cache(maxsize=2)                                   # the last two passes are kept: do not write into them
-def _epoch_order(n: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def _epoch_order(n, seed, epoch):
     "Draw the order (n,) of a pass over n images, and a coin (n,) bool for each image."
     g = generator("order", seed, epoch)
     return torch.randperm(n, generator=g), torch.rand(n, generator=g) < 0.5

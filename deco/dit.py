@@ -135,7 +135,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
         self.recompute = recompute
 
-    def _gated(self, gate_up: Tensor) -> Tensor:
+    def _gated(self, gate_up):
         gate, up = gate_up.chunk(2)
         return F.silu(gate) * up
 
@@ -198,9 +198,9 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.recompute = recompute
 
-    def _normed(self, *args) -> Tensor: return recomputed(self.recompute == "cheap", normed, *args)
+    def _normed(self, *args): return recomputed(self.recompute == "cheap", normed, *args)
 
-    def _forward(self, x: Tensor, c: Tensor, *context) -> Tensor:
+    def _forward(self, x, c, *context):
         shift1, scale1, gate1, shift2, scale2, gate2 = conditions(self.modulation, c, 6)  # each (B, 1, D)
         x = torch.addcmul(x, gate1, self.attn(self._normed(self.norm1, x, shift1, scale1), *context))
         return torch.addcmul(x, gate2, self.mlp(self._normed(self.norm2, x, shift2, scale2)))
@@ -211,7 +211,7 @@ class Block(nn.Module):
         return recomputed(self.recompute == "blocks", self._forward, x, c, rope, text, mask)
 
 # %% ../nbs/03_dit.ipynb #x003
-def _is_token(y: Tensor) -> Tensor:
+def _is_token(y):
     """Tell which rows of embeddings (B, L, E) are a token's: (B, L) bool. Rows of zeros are padding.
 
     The first always counts: a prompt without any token has to be something, or nothing could be looked at.
@@ -378,13 +378,13 @@ class DiT(nn.Module):
         else: self._check_labels(y)
         return height // P, width // P
 
-    def _check_prompts(self, y: Tensor) -> None:
+    def _check_prompts(self, y):
         length, width = self.config["text_length"], self.config["text_width"]
         if y.ndim == 3 and 1 <= y.shape[1] <= length and y.shape[2] == width: return
         raise ValueError(f"a prompt's embeddings must be (B, up to {length}, {width}), not {tuple(y.shape)}: "
                          "deco.TextEncoder makes them")
 
-    def _check_labels(self, y: Tensor) -> None:
+    def _check_labels(self, y):
         last = self.num_classes
         if y.ndim != 1:
             shape = tuple(y.shape)

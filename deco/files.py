@@ -17,7 +17,7 @@ import signal
 import sys
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from .core import cache_path, first_line, progress, write_atomic
-from .data import batch, center_crop, Dataset, EXTENSIONS, to_tensor
+from .data import EXTENSIONS, batch, center_crop, Dataset, to_tensor
 
 # %% ../nbs/12_files.ipynb #3f0c5d52
 log = logging.getLogger("deco")
@@ -99,7 +99,7 @@ def build_index(rows: Iterable[tuple], bases: list[list]) -> Index:
     return Index(torch.frombuffer(names, dtype=torch.uint8), table[kept], bases, classes)
 
 # %% ../nbs/12_files.ipynb #c024
-def _walk_folder(folder: str, bases: list[list], show: Callable = iter, group: str = "") -> Iterator[tuple]:
+def _walk_folder(folder, bases, show=iter, group=""):
     """Give the rows for `build_index` of the image files below a folder, in the order of `list_images`.
 
     The class is the first sub-folder, or 'all'. Folders are added to `bases`. show: a progress bar, say.
@@ -127,7 +127,7 @@ def sample_key(name: str) -> tuple[str, str]:
     """
     return re.fullmatch(r"((?:.*/)?[^/.]*)\.?([^/]*)", name, re.S).groups()
 
-def _shard_members(shard: str, base: int = 0) -> list[tuple]:
+def _shard_members(shard, base=0):
     """List the rows for `build_index` of the images in a tar shard, which is number `base`.
 
     A shard that is cut or damaged is used as far as it goes.
@@ -166,7 +166,7 @@ def find_shards(source: str) -> list[str]:
     return [source] if source.endswith(".tar") else []
 
 # %% ../nbs/12_files.ipynb #c033
-def _read_index(path: Path) -> Index | None:
+def _read_index(path):
     "Read an index that was kept; None where there is none that is whole and still true."
     try:
         with safe_open(path, "pt") as f:
@@ -239,7 +239,7 @@ class Files(Dataset):
         *_, base, first, length = self.table[k].tolist()
         return decode(self.path(k) if length < 0 else self.bases[base][0], first, length, self.size)
 
-    def _picture_or_next(self, k: int) -> tuple:
+    def _picture_or_next(self, k):
         "Read image k, or the next that can be read: pixels, its number, what is wrong with k ('': nothing)."
         reason = ""
         for j in range(k, k + min(len(self), 1000)):
@@ -277,12 +277,12 @@ class Files(Dataset):
             raise ValueError(f"bad pictures: {limit}; {path} ({reason}): mend or raise max_bad")
 
 # %% ../nbs/12_files.ipynb #c043
-def _read_slice(data: Dataset, seed: int, first: int, count: int, k: int) -> tuple | Exception:
+def _read_slice(data, seed, first, count, k):
     "Read images k + first to k + first + count of a run: (k, pixels, targets, replaced), or the error met."
     try: return k, *batch(data, seed, k + first, count)
     except (ValueError, OSError) as e: return e               # raised in a worker, it would bring a traceback
 
-def _ignore_signals(worker: int) -> None:
+def _ignore_signals(worker):
     "Ignore Ctrl-C and SIGTERM, which often reach all processes: the main process decides what follows."
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 

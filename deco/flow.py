@@ -79,7 +79,7 @@ def guided(model: Callable, y: Tensor, null: Tensor | None, guidance: float,
     - autoguidance (Karras et al. 2024): u is that of a weaker model, `weak`, for the same labels y.
     Nothing is computed in vain: where not `on`, and at guidance 1, the model is asked once.
     """
-    def v(x: Tensor, t: float, on: bool) -> Tensor:
+    def v(x, t, on):
         time = torch.full((len(x),), t, device=x.device)
         if not on or guidance == 1: return model(x, time, y)
 
@@ -95,7 +95,7 @@ def adams_weights(times: list[float], t_next: float) -> list[float]:
     A weight is the integral over the step of the polynomial that is 1 at its own time and 0 at the others.
     """
     t, h = times[-1], t_next - times[-1]
-    def integral(own: float) -> float:
+    def integral(own):
         lagrange = lambda t: math.prod((t - s) / (own - s) for s in times if s != own)
         return h / 6 * (lagrange(t) + 4 * lagrange(t + h / 2) + lagrange(t_next))        # Simpson's rule
     return [integral(s) for s in times]
@@ -129,7 +129,7 @@ _SOLVERS = dict(euler=_euler, heun=_heun, heun_fsal=_heun_fsal, adams=_adams)
 SOLVERS = tuple(_SOLVERS)
 
 # %% ../nbs/02_flow.ipynb #c20c9b0e
-def _check_solver(solver: str, order: int, guidance: float, interval: tuple[float, float]) -> None:
+def _check_solver(solver, order, guidance, interval):
     if solver not in SOLVERS: raise ValueError(f"unknown solver {solver!r}; choose from {', '.join(SOLVERS)}")
     if order not in (2, 3): raise ValueError(f"order of the solver adams must be 2 or 3, not {order!r}")
     if not math.isfinite(guidance): raise ValueError(f"guidance must be a finite number, not {guidance!r}")

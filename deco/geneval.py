@@ -27,12 +27,12 @@ class Item(NamedTuple):
     prompt: str
     metadata: dict | None                      # what GenEval's picture must show; DPG-Bench has none
 
-def _read_text(path: Path) -> str:
+def _read_text(path):
     "Read a text file. Raises ValueError naming one that is not UTF-8."
     try: return path.read_text(encoding="utf-8")
     except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8 text: restore it") from None
 
-def _read_dpg(folder: Path) -> list[Item]:
+def _read_dpg(folder):
     "Read a folder of .txt files."
     items = [Item(p.stem, _read_text(p).strip(), None) for p in sorted(folder.glob("*.txt"))]
     if not items:
@@ -41,7 +41,7 @@ def _read_dpg(folder: Path) -> list[Item]:
         if not item.prompt: raise ValueError(f"{folder / item.name}.txt is empty: restore it")
     return items
 
-def _read_geneval(path: Path) -> list[Item]:
+def _read_geneval(path):
     "Read a file of JSON objects, one a line."
     items = []
     for k, line in enumerate(_read_text(path).splitlines()):
@@ -84,7 +84,7 @@ def write_item(root: Path, item: Item, images: Tensor) -> None:
     write_text(paths[0], json.dumps(item.metadata))
     for path, image in zip(paths[1:], images): write_picture(path, Image.fromarray(image.numpy()))
 
-def _problem(path: Path, item: Item | None, size: int) -> str:
+def _problem(path, item, size):
     "Say what is wrong with a file of a prompt (None: of no prompt); \"\" if nothing is."
     if item is None: return "does not belong here: move it"
     if not path.exists(): return "is missing: run the export again"

@@ -8,7 +8,6 @@ __all__ = ['card', 'fetch', 'Published']
 # %% ../nbs/11_weights.ipynb #w002
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
@@ -50,16 +49,16 @@ deco.make_grid(images).save("grid.png")
 {numbers}
 """
 
-def _rows(values: dict) -> str: return table(["", ""], values.items())
+def _rows(values): return table(["", ""], values.items())
 
-def _draw_arguments(model: DiT, info: dict, train: dict) -> str:
+def _draw_arguments(model, info, train):
     "Write size and settings of the sampler, as arguments in Python."
     usual = dict(guidance="guidance", steps="steps", shift="sample_shift")
     settings = info.get("sampling") or {k: train[v] for k, v in usual.items() if v in train}
     words = [f", {k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in settings.items()]
     return str(info.get("size", 16 * model.patch_size)) + "".join(words)
 
-def _class_parts(model: DiT, info: dict, arguments: str) -> dict:
+def _class_parts(model, info, arguments):
     "Fill the card's places that differ for a model of classes."
     none = model.num_classes                                    # the label that stands for no class
     classes = info.get("classes") or []
@@ -69,7 +68,7 @@ def _class_parts(model: DiT, info: dict, arguments: str) -> dict:
     return dict(given="a class", conditions=f"{none} classes{names}; label {none} stands for none.",
                 draw=f"images = deco.sample_images(model, labels={labels}, size={arguments})")
 
-def _prompt_parts(text: dict, info: dict, arguments: str) -> dict:
+def _prompt_parts(text, info, arguments):
     "Fill the card's places that differ for a model of prompts."
     prompts = (info.get("prompts") or [""])[:4]
     conditions = f"prompts of up to {text['length']} tokens of the language model {text['name']}."
@@ -109,12 +108,12 @@ def fetch(repo_id: str, **hub) -> Path:
     mend = ".ckpt files are for deco.load_official"
     raise FileNotFoundError(f"{repo_id} on the hub holds no {' and no '.join(missing)}: {mend}")
 
-def _hub_error(what: str, e: Exception) -> OSError:
+def _hub_error(what, e):
     "Make an error of one line of whatever hub or network did."
     return OSError(f"{what} ({first_line(e)}): check the name, the network and the token")
 
 # %% ../nbs/11_weights.ipynb #w040
-def _report_metrics(folder: Path) -> dict:
+def _report_metrics(folder):
     "Read what a folder's report of deco.evaluate says of its weights; {} for none. Warn of one of others."
     try: path, report = read_report(folder)
     except FileNotFoundError: return {}
@@ -127,7 +126,7 @@ def _report_metrics(folder: Path) -> dict:
     facts = dict(images=report["n"], extractor=report["extractor"], reference=report["reference"]["name"])
     return report["metrics"] | facts | {k: settings[k] for k in sampling if k in settings}
 
-def _write_files(folder: Path, write: Callable) -> None:
+def _write_files(folder, write):
     "Let write(new) make a model's files in a new folder inside `folder`, then move them over the old ones."
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".new-", dir=folder) as new:     # the mixin deletes a config.json it finds
@@ -150,7 +149,7 @@ class Published(ModelHubMixin, library_name="deco",
         self.model = model
         self.info = {k: v for k, v in (info or {}).items() if k != "model"}
 
-    def _save_pretrained(self, folder: Path) -> None: save(folder, self.model, self.info)
+    def _save_pretrained(self, folder): save(folder, self.model, self.info)
 
     def generate_model_card(self, **unused) -> ModelCard:
         known = self._hub_mixin_info.model_card_data.to_dict()

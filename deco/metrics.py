@@ -45,7 +45,7 @@ class Extractor:
         return {name: part.float().cpu() for name, part in parts.items()}
 
 # %% ../nbs/09_metrics.ipynb #c012
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def _conv(inputs, outputs, stride=1):
     "Make a 3 x 3 convolution, batch norm and ReLU."
     conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
@@ -218,7 +218,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     return (shift + cov1.trace() + cov2.trace() - 2 * values.clamp(min=0).sqrt().sum()).item()
 
 # %% ../nbs/09_metrics.ipynb #c039
-def _split_score(log_p: Tensor) -> Tensor:
+def _split_score(log_p):
     "Compute exp of the mean KL divergence of p(class | image) from its average; log_p: (N, K)."
     p = log_p.exp()
     divergence = (p * (log_p - p.mean(0).log())).nansum(1)               # 0 log 0 = 0
@@ -261,7 +261,7 @@ def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real, k), covered(real, fake, k)
 
 # %% ../nbs/09_metrics.ipynb #c055
-def _levels(x: Tensor) -> Tensor:
+def _levels(x):
     "Average the levels of 8x8 blocks in dB: Y Cb Cr (B, 3, H, W) -> (3, 64), zig-zag."
     floor = (1 / 127.5)**2 / 12                                          # rounding's: step^2 / 12
     energy = block_dct(x).square() + floor

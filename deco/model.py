@@ -124,7 +124,7 @@ def create(name: str, **overrides) -> DiT:
     except TypeError as e: raise ValueError(f"{name} with {overrides}: {str(e).split('() ')[-1]}") from None
 
 # %% ../nbs/05_model.ipynb #args
-def _number(word: str) -> int | float | str:
+def _number(word):
     "Read a word as a number, where it is one."
     if not re.fullmatch(r"-?\d+(\.\d+)?", word): return word
     return float(word) if "." in word else int(word)

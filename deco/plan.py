@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .config import parse
-from .core import ABOVE_0, check_settings, Parser, flag, read_json, run_command, setting
+from .core import ABOVE_0, check_settings, flag, Parser, read_json, run_command, setting
 from .datasets import NAMED
-from .dit import Block, DiT, linear_flops
+from .dit import DiT, linear_flops
 from .model import SIZES, build, model_args
 
 # %% ../nbs/13_plan.ipynb #p008
 _Size = int | tuple[int, int]                                     # pixels: a square's side, or (H, W)
 _PRECISIONS = {"float32": 4, "bf16": 2}                           # bytes of a number that goes into a product
 
-def _bare(config: dict) -> DiT:
+def _bare(config):
     """Build the model of a configuration with one block, on the meta device: shapes and no numbers.
 
     config: `DiT.config`, or a row of SIZES. Raises ValueError where it makes no model, or one
@@ -35,7 +35,7 @@ def _bare(config: dict) -> DiT:
     head = type(model.head).__name__
     raise ValueError(f"the head {head} does not say what it costs: give it flops and activations")
 
-def _token_count(model: DiT, size: _Size) -> int:
+def _token_count(model, size):
     "Count the tokens of an image. Raises ValueError where patches do not fill it."
     height, width = (size, size) if isinstance(size, int) else size
     P = model.patch_size
@@ -59,7 +59,7 @@ def parameters(config: dict, ranks: int = 1) -> dict[str, int]:
     return dict(total=config["depth"] * count["block"] + count["rest"]) | count
 
 # %% ../nbs/13_plan.ipynb #p013
-def _block_flops(block: Block, tokens: int, text: int = 0) -> dict[str, int]:
+def _block_flops(block, tokens, text=0):
     "Count the FLOPs of one block, by part; its tokens look at each other and at `text` tokens of a prompt."
     attn, mlp = block.attn, block.mlp
     projections = linear_flops(attn.qkv, tokens) + linear_flops(attn.proj, tokens)
@@ -107,7 +107,7 @@ def step_flops(config: dict, size: _Size) -> int:
     return 3 * sum(parts.values()) - parts["patch embedding"] + parts["attention scores"] // 2 + again
 
 # %% ../nbs/13_plan.ipynb #p024
-def _block_activations(block: Block, tokens: int, itemsize: int, text: int = 0) -> tuple[int, int]:
+def _block_activations(block, tokens, itemsize, text=0):
     "Count the bytes that a block keeps for the backward pass, and those that are made again there."
     h, D, H = itemsize, block.attn.proj.in_features, block.mlp.down.in_features
     attention = 20 * tokens * block.attn.heads  # norms of q and k, sums of softmax
@@ -213,7 +213,7 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
     ways = dict(parallel=parallel, gpus=machine.gpus, passes=per_gpu // micro)
 
     # Memory of a GPU: what the first image needs, and how many more like the second fit beside it
-    def used(n: int) -> dict[str, int]:
+    def used(n):
         return memory(config, size, n, precision=precision, emas=emas,
                       teacher_parameters=teacher_parameters, **ways)
     first, second = (sum(used(n).values()) for n in (1, 2))
@@ -233,9 +233,9 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
         seconds=seconds, hours=steps * seconds / 3600)
 
 # %% ../nbs/13_plan.ipynb #p047
-def _gigabytes(n: int) -> str: return f"{n / 1e9:.2f} GB"
+def _gigabytes(n): return f"{n / 1e9:.2f} GB"
 
-def _listed(parts: dict[str, int], text) -> str:
+def _listed(parts, text):
     return ", ".join(f"{part} {text(n)}" for part, n in parts.items() if n)
 
 def show(p: dict) -> str:
@@ -266,7 +266,7 @@ def show(p: dict) -> str:
 _TEACHERS = {"dinov2-b": 86_579_712}  # parameters of REPA's encoders that cost something beside a large model
 _TEXT_WIDTHS = {"minilm": 384, "Qwen/Qwen3-1.7B": 2048}
 
-def _text_width(name: str) -> int:
+def _text_width(name):
     "Give the width of a language model, of the table or its folder. Raises ValueError for another."
     path = Path(name) / "config.json"
     if name in _TEXT_WIDTHS: return _TEXT_WIDTHS[name]

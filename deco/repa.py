@@ -123,7 +123,7 @@ def efficientnet(path: Path):
     return net, run, 320
 
 # %% ../nbs/06_repa.ipynb #a046
-def _default_path(name: str) -> Path:
+def _default_path(name):
     "Find an encoder's weights: downloaded once, or a package's. Raises OSError without a network."
     if name != "dinov2-b": return default_weights(name)
     hub = "timm/vit_base_patch14_dinov2.lvd142m"

@@ -98,14 +98,14 @@ def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, see
                 evaluations_per_image=per_image(sum(evaluated)))
 
 # %% ../nbs/08_sample.ipynb #be569544
-def _read_pixels(path: Path) -> np.ndarray: return np.asarray(Image.open(path).convert("RGB"))
+def _read_pixels(path): return np.asarray(Image.open(path).convert("RGB"))
 
 def write_npz(folder: Path, path: Path, num: int) -> None:
     """Write the images 0 to num - 1 of a folder as ADM's .npz: arr_0, uint8 (num, H, W, 3).
 
     One image at a time is in memory. Raises OSError where one is missing or `path` can't be written.
     """
-    def write(temporary: Path) -> None:
+    def write(temporary):
         shape = num, *_read_pixels(image_path(folder, 0)).shape
         header = dict(descr="|u1", fortran_order=False, shape=shape)
         with zipfile.ZipFile(temporary, "w") as z, z.open("arr_0.npy", "w", force_zip64=True) as f:
@@ -195,7 +195,7 @@ def usual_shift(info: dict) -> float:
     "Give the time shift of a run's own sample grids, from its config.json; 1.0 where it does not say."
     return (info.get("train") or {}).get("sample_shift", 1.0)
 
-def _image_size(drawing: Drawing, info: dict) -> int | list[int]:
+def _image_size(drawing, info):
     "Give the size of the images, a side or height and width: what the settings ask for, or that of the run."
     if "size" not in info:
         path = run_folder(drawing.run) / "config.json"
@@ -205,7 +205,7 @@ def _image_size(drawing: Drawing, info: dict) -> int | list[int]:
     if len(sides) > 2: raise ValueError(f"--size takes one number, or height and width, not {sides}")
     return sides[0] if len(sides) == 1 else sides
 
-def _load_weak(drawing: Drawing, model: DiT, info: dict) -> DiT | None:
+def _load_weak(drawing, model, info):
     "Load the weaker model to guide away from, if any. Raises ValueError if it knows other classes or words."
     if not drawing.weak: return None
     weak, weak_info = load(drawing.weak)
@@ -215,7 +215,7 @@ def _load_weak(drawing: Drawing, model: DiT, info: dict) -> DiT | None:
     raise ValueError(f"--weak {drawing.weak} knows other classes or words than {drawing.run}: "
                      "give a run on the same data")
 
-def _encode_prompts(drawing: Drawing, info: dict, device: str) -> tuple[list[str], dict]:
+def _encode_prompts(drawing, info, device):
     """Encode the prompts of a drawing, by default the run's examples.
 
     Returns them and keywords of `sample_images`. Raises ValueError for a flag that is for models of classes.

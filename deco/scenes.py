@@ -19,7 +19,7 @@ from .shapes import OPPOSITE, prompts, score, TASKS, wanted
 from .text import sample_prompts, TextEncoder
 
 # %% ../nbs/18_scenes.ipynb #v010
-def _picture(caption: str) -> tuple:
+def _picture(caption):
     "Name the picture that a caption asks for: the same for both wordings of two objects."
     ask = wanted(caption)
     mirrored = (ask.things[::-1], OPPOSITE.get(ask.relation))

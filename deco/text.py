@@ -48,7 +48,7 @@ def language_model(name: str, device: str):
         if bar: logging.enable_progress_bar()
     return tokenizer, model.to(device).eval().requires_grad_(False)
 
-def _pad(rows: list[Tensor], length: int) -> Tensor:
+def _pad(rows, length):
     "Join the embeddings (l, E) of n prompts, zeros behind each: (n, L, E) float32; L is at least `length`."
     out = torch.zeros(len(rows), max(length, *map(len, rows)), rows[0].shape[1])
     for padded, row in zip(out, rows): padded[:len(row)] = row
@@ -77,7 +77,7 @@ class TextEncoder:
         "Give the numbers of the tokens of each prompt, at most `length`."
         return self.tokenizer(prompts, truncation=True, max_length=self.length)["input_ids"]
 
-    def _count(self, prompts: list[str]) -> None:
+    def _count(self, prompts):
         special = self.tokenizer.num_special_tokens_to_add()                       # [CLS], [SEP], ...
         for prompt, ids in zip(prompts, self.tokens(prompts)):
             self.counts["prompts"] += 1

@@ -128,7 +128,7 @@ def learning_rate(seen: int, cfg: Config) -> float:
     return cfg.lr * rise * fall
 
 # %% ../nbs/07_train.ipynb #t030
-def _local_shard(p: Tensor) -> Tensor:
+def _local_shard(p):
     "Give the part of a parameter that this process holds: all of it, but under FSDP."
     return p.to_local() if hasattr(p, "to_local") else p
 
@@ -161,7 +161,7 @@ def parallelize(objective: Objective, cfg: Config) -> nn.Module:
     return objective
 
 # %% ../nbs/07_train.ipynb #whole1
-def _whole(p: Tensor) -> Tensor:
+def _whole(p):
     "Give a parameter or a norm as one tensor: under FSDP it is gathered, and every process calls this."
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
@@ -280,12 +280,12 @@ class Run:
         return model.eval()
 
 # %% ../nbs/07_train.ipynb #t039
-def _no_sync(module: nn.Module, last: bool):
+def _no_sync(module, last):
     "Give the context of one of several passes: gradients are exchanged in the last one only."
     if hasattr(module, "set_requires_gradient_sync"): module.set_requires_gradient_sync(last)         # FSDP
     return module.no_sync() if not last and hasattr(module, "no_sync") else nullcontext()             # DDP
 
-def _gradients(run: Run, pixels: Tensor, targets: Tensor | list[str], first: int) -> tuple[dict, Tensor]:
+def _gradients(run, pixels, targets, first):
     """Compute a step's gradients on this process's images, number first, first + 1, ...
 
     They add up over passes of `micro_batch` images. Returns the parts of the loss, as means over the passes,
@@ -312,7 +312,7 @@ class _Stats(NamedTuple):
     mse_by_time: list[float | None]                      # mean error in eight bins of time; None: no image
     stop: bool                                           # was any process asked to stop?
 
-def _reduce_stats(parts: dict[str, Tensor], detail: Tensor, stop: bool) -> _Stats:
+def _reduce_stats(parts, detail, stop):
     "Average over the processes, in one exchange, what a step has to report."
     error, t = detail.cpu()                                              # (B,) each
     bins = (t * 8).long().clamp(0, 7)
@@ -357,7 +357,7 @@ def checkpoints(folder: Path) -> list[Path]:
     "List a run's checkpoints, the oldest first: folders named after the number of images."
     return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
+def _checksums(folder):
     "Give size and CRC-32 of a folder's safetensors files: they tell a whole checkpoint from a damaged one."
     sums = {}
     for path in sorted(folder.glob("*.safetensors")):
