@@ -39,7 +39,7 @@ def blockiness(images: Tensor, patch_size: int) -> float:
         raise ValueError(f"images of {tuple(images.shape[-2:])} have no border of patches of {patch_size}")
     x = images.float()
     borders, inside = [], []
-    for step in (x.diff(dim=-1), x.diff(dim=-2).mT):                        # along the last axis, both
+    for step in (x.diff(), x.diff(dim=-2).mT):                              # along the last axis, both
         at_border = torch.arange(1, step.shape[-1] + 1) % patch_size == 0
         borders.append(step[..., at_border].abs().mean())
         inside.append(step[..., ~at_border].abs().mean())
@@ -113,7 +113,7 @@ class Ablation:
     table: str = setting(MISSING, "", "which rows: the paper's Table 1 or 4, what it leaves open, "
                          "or the learning rate", tuple(TABLES), positional=True)
     rows: tuple[str, ...] | None = setting(None, "", "only these rows (default: all of the table)",
-                                           nargs="+", choices=tuple(ROWS), metavar="ROW")
+                                           nargs="+", choices=ROWS, metavar="ROW")
     seeds: tuple[int, ...] = setting((0, 1, 2), "", "how many seeds of each row, 0, 1, ...; or which, as in "
                                      "0,2 (one alone: 2,)", AT_LEAST_0, type=parse_seeds, nargs=None,
                                      metavar="SEEDS")
@@ -156,11 +156,11 @@ def measure_run(row: str, cfg: Config, net: Extractor, reference: dict, settings
         restore(run, path)
         model = run.average(cfg.ema_decay[0]).to(device)
         recent = [r for r in log if r["images"] <= run.seen][-max(1, len(log) // 10):]
-        mflops = round(flops_per_image(model, cfg.size) / 1e6, 1)
-        cost = dict(parameters=parameter_count(model), mflops=mflops,
-                    seconds=recent[-1]["speed"]["seconds"], mse=stats.mean(r["mse"] for r in recent))
-        metrics = sample_metrics(model, cfg.size, net, reference, settings)
-        observations.append(dict(row=row, seed=cfg.seed, images=run.seen) | cost | metrics | conditions)
+        observations.append(dict(
+            row=row, seed=cfg.seed, images=run.seen, parameters=parameter_count(model),
+            mflops=round(flops_per_image(model, cfg.size) / 1e6, 1),
+            seconds=recent[-1]["speed"]["seconds"], mse=stats.mean(r["mse"] for r in recent),
+            **sample_metrics(model, cfg.size, net, reference, settings), **conditions))
     return observations
 
 # %% ../nbs/14_ablations.ipynb #a_work
@@ -184,11 +184,10 @@ def run_lock(folder: Path) -> Iterator[bool]:
 
 def row_config(row: str, seed: int, base: Config, settings: Ablation) -> Config:
     "Give the training of a row: what `base` says but for what the row is about."
-    points = settings.checkpoints
-    every = max(1, base.images // points)
+    every = max(1, base.images // settings.checkpoints)
     log_every = min(base.log_every, max(1, every // base.batch_size))       # a line of the log at every point
-    out = str(Path(settings.out) / f"{row}-{seed}")
-    return replace(base, **ROWS[row], seed=seed, out=out, save_every=every, keep=points, log_every=log_every)
+    return replace(base, **ROWS[row], seed=seed, out=str(Path(settings.out) / f"{row}-{seed}"),
+                   save_every=every, keep=settings.checkpoints, log_every=log_every)
 
 def train_rows(names: tuple[str, ...], base: Config, settings: Ablation) -> None:
     "Train and measure rows, seed by seed; what is done stays, what another process has is left to it."
@@ -204,8 +203,8 @@ def train_rows(names: tuple[str, ...], base: Config, settings: Ablation) -> None
 
             # before the training, so that what is missing is said at once
             if net is None:
-                weights = settings.extractor_weights or None
-                net = load_extractor(settings.extractor, weights, pick_device(cfg.device))
+                net = load_extractor(settings.extractor, settings.extractor_weights or None,
+                                     pick_device(cfg.device))
             train(cfg)
             key = f"reference-{Path(cfg.data).name}-{cfg.size}.safetensors"
             if key not in references:
@@ -245,7 +244,7 @@ def write_tidy(path: Path, rows: list[dict]) -> None:
     "Write observations as a CSV file, one to a line, five digits."
     def write(p):
         with open(p, "w", newline="") as f:
-            lines = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+            lines = csv.DictWriter(f, rows[0], lineterminator="\n")
             lines.writeheader()
             for r in rows:
                 lines.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()})
@@ -312,8 +311,8 @@ def run_table(settings: Ablation, base: Config | None = None) -> list[dict]:
     names = settings.rows or all_names
     foreign = [name for name in names if name not in all_names]
     if foreign:
-        has = f"{settings.table}, which has {', '.join(all_names)}"
-        raise ValueError(f"--rows {' '.join(foreign)}: not in {has}")
+        raise ValueError(f"--rows {' '.join(foreign)}: not in {settings.table}, "
+                         f"which has {', '.join(all_names)}")
     if base is None: base, _ = train_settings(BASE)
     if base.images % (settings.checkpoints * base.batch_size):
         raise ValueError(f"--images {base.images} is no multiple of --checkpoints {settings.checkpoints} "
@@ -345,7 +344,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_settings(Ablation)
     args, rest = parser.parse_known_args(argv)
     settings = Ablation(**vars(args))
-    check_settings(settings)
     base, _ = train_settings([*BASE, *rest])
     rows = run_table(settings, base)
     if not rows: return print("nothing is finished yet; another process has the runs in hand")

@@ -136,15 +136,14 @@ def _to_tar(source, path):
     except ValueError as e:
         raise ValueError(f"{source} is no parquet file ({first_line(e)}): replace it") from None
     names = table.schema_arrow.names
-    image_column = next((name for name in _IMAGE_COLUMNS if name in names), None)
-    text_column = next((name for name in KEYS if name in names), None)
-    if None in (image_column, text_column):
-        needed = f"one of {', '.join(_IMAGE_COLUMNS)}, and of {', '.join(KEYS)}"
-        raise ValueError(f"{source} has the columns {', '.join(names)}: {needed}")
-    batches = table.iter_batches(64, columns=[image_column, text_column])
+    columns = [next((name for name in known if name in names), None) for known in (_IMAGE_COLUMNS, KEYS)]
+    if None in columns:
+        raise ValueError(f"{source} has the columns {', '.join(names)}: "
+                         f"one of {', '.join(_IMAGE_COLUMNS)}, and of {', '.join(KEYS)}")
+    batches = table.iter_batches(64, columns=columns)
     with tarfile.open(path, "w") as tar:
         for n, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            image, text = row[image_column], row[text_column]
+            image, text = (row[name] for name in columns)
             if isinstance(image, dict): image = image.get("bytes")
             if isinstance(image, bytes): _add_file(tar, f"{n:09}.jpg", image)
             if text: _add_file(tar, f"{n:09}.txt", text.encode())

@@ -108,10 +108,9 @@ _CAPTIONS = dict(text="minilm", text_length=32, flip=False,              # a sma
                  model_args="patch_size=4,width=128,heads=2,text_depth=1,decoder_width=16")
 PRESETS = {
     "openmoji": {},
-    "cifar10": dict(data="cifar10", out="runs/cifar10", images=128_000),
-    "openmoji-text": _CAPTIONS | dict(out="runs/openmoji-text", images=256_000),
-    "scenes": _CAPTIONS | dict(data="scenes", out="runs/scenes", images=384_000, warmup=0.025, shift=2.0,
-                               sample_shift=2.0),
+    "cifar10": dict(data="cifar10", images=128_000),
+    "openmoji-text": _CAPTIONS | dict(images=256_000),
+    "scenes": _CAPTIONS | dict(data="scenes", images=384_000, warmup=0.025, shift=2.0, sample_shift=2.0),
 }
 
 # %% ../nbs/22_config.ipynb #t010
@@ -130,7 +129,7 @@ _IMAGENET = {                    # label_drop: 0.1 is the authors' default, 0.2 
     "deco-xl-512": ("deco-xl", 512, 20 * _EPOCH,   0.2, 1.0),        # Table 2: FID 2.22, from the one above
 }
 for _name, _row in _IMAGENET.items():
-    PRESETS[_name] = _PAPER | dict(zip(_IMAGENET_COLUMNS, _row)) | dict(out=f"runs/{_name}")
+    PRESETS[_name] = _PAPER | dict(zip(_IMAGENET_COLUMNS, _row))
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
 
 # %% ../nbs/22_config.ipynb #g014
@@ -143,8 +142,8 @@ _STAGES = {
     "t2i-sft-512": dict(size=512, images=40_000 * 512, batch_size=512, lr=1e-5, shift=4.0, beta2=0.999,
                         init="runs/t2i-512", data="data/blip3o-60k"),
 }
-for _name, _stage in _STAGES.items():
-    PRESETS[_name] = _TEXT_TO_IMAGE | _stage | dict(out=f"runs/{_name}")
+for _name, _stage in _STAGES.items(): PRESETS[_name] = _TEXT_TO_IMAGE | _stage
+for _name, _changes in PRESETS.items(): _changes["out"] = f"runs/{_name}"
 
 # %% ../nbs/22_config.ipynb #g016
 _SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, sample_every=32, save_every=32,
@@ -156,8 +155,8 @@ def resolved(preset: str, smoke: bool = False) -> dict:
     if not smoke: return changes
     baseline = changes.get("model", "").startswith("dit")
     tiny = dict(model="dit-tiny" if baseline else "deco-tiny", out=f"runs/smoke-{preset}")
-    if changes.get("text"): tiny["text"] = "minilm"
-    if changes.get("repa", "none") != "none": tiny["repa"] = "efficientnet-lite0"
+    if "text" in changes: tiny["text"] = "minilm"
+    if "repa" in changes: tiny["repa"] = "efficientnet-lite0"
     return changes | _SMOKE | tiny
 
 # %% ../nbs/22_config.ipynb #t013
@@ -176,7 +175,11 @@ def check(cfg: Config, processes: int = 1) -> None:
                          "that each process takes of a step")
 
 # %% ../nbs/22_config.ipynb #t072
-def _parser():
+def parse(argv: list[str] | None) -> tuple[Config, bool]:
+    """Read a command line into settings: defaults, then the preset, then --smoke, then what the flags say.
+
+    argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
+    """
     parser = Parser("train",
         description="Train DeCo. Without flags: a small model on OpenMoji at 32 pixels, minutes on two CPU "
                     "cores. The same command again resumes.",
@@ -189,18 +192,10 @@ def _parser():
     add("--dry-run", action="store_true",
         help="print the resolved settings and what the run costs, train nothing")
     parser.add_settings(Config)
-    return parser
-
-def parse(argv: list[str] | None) -> tuple[Config, bool]:
-    """Read a command line into settings: defaults, then the preset, then --smoke, then what the flags say.
-
-    argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
-    """
-    parser = _parser()
     start, _ = parser.parse_known_args(argv)
     parser.set_defaults(**resolved(start.preset, start.smoke))
     settings = vars(parser.parse_args(argv))
     dry_run = settings.pop("dry_run")
-    for name in ("preset", "smoke"): settings.pop(name)
+    del settings["preset"], settings["smoke"]
     settings["ema_decay"] = tuple(settings["ema_decay"])
     return Config(**settings), dry_run

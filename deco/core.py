@@ -10,7 +10,6 @@ __all__ = ['write_atomic', 'read_json', 'read_tensors', 'read_checkpoint', 'fill
 
 # %% ../nbs/90_core.ipynb #k002
 import argparse
-import dataclasses
 import difflib
 import gc
 import hashlib
@@ -24,14 +23,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # %% ../nbs/90_core.ipynb #k011i
@@ -42,18 +41,19 @@ def first_line(e: BaseException) -> str:
 
 # %% ../nbs/90_core.ipynb #k011
 def write_atomic(path: Path, write: Callable) -> None:
-    """Call write(temporary), then rename that file to `path`.
+    """Call write(temporary), then rename that file to `path`, in a folder that is made where there is none.
 
     Whatever happens, `path` is the old file or the whole new one.
     Raises OSError naming the path where it can't be written.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
-        mend = "make room or choose another folder; what was there before is whole"
-        raise OSError(f"cannot write {path} ({e}): {mend}") from None
+        raise OSError(f"cannot write {path} ({e}): make room or choose another folder; "
+                      "what was there before is whole") from None
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/90_core.ipynb #k011w
@@ -69,12 +69,18 @@ def write_figure(path: Path, figure) -> None:
     "Write a figure of matplotlib as a PNG, as `write_atomic` does."
     write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=90))
 
+def write_tensors(path: Path, values: dict) -> None:
+    "Write tensors by name, and all else as texts, as a safetensors file, as `write_atomic` does."
+    tensors = {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+    texts = {k: str(v) for k, v in values.items() if k not in tensors}
+    write_atomic(path, lambda p: save_file(tensors, p, texts))
+
 # %% ../nbs/90_core.ipynb #k012
 def read_json(path: Path) -> dict:
     "Read a JSON object from a file. Raises ValueError naming a file that holds none."
     mend = "restore it or use another folder"
     try: found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise ValueError(f"{path} is not readable as JSON ({e}): {mend}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds no JSON object: {mend}")
     return found
@@ -83,8 +89,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     "Read the tensors of a safetensors file. Raises ValueError naming one that is cut or of another kind."
     try: return load_file(path)
     except (SafetensorError, ValueError) as e:
-        mend = "restore it or use another folder"
-        raise ValueError(f"{path} is not a whole safetensors file ({first_line(e)}): {mend}") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({first_line(e)}): "
+                         "restore it or use another folder") from None
 
 def read_checkpoint(path: Path) -> dict:
     """Read a .safetensors file or a torch checkpoint, of which pickled code is never run.
@@ -141,8 +147,8 @@ class DistInfo(NamedTuple):
 
 def dist_info() -> DistInfo:
     "Read torchrun's environment; without torchrun the answer is rank 0 of 1."
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    return DistInfo(*(int(os.environ.get(name, default)) for name, default in names))
+    return DistInfo(int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1)),
+                    int(os.getenv("LOCAL_RANK", 0)))
 
 @contextmanager
 def process_group(device: str, patience: timedelta = timedelta(hours=1)) -> Iterator[None]:
@@ -194,8 +200,8 @@ def pick_device(name: str) -> str:
         name = f"cuda:{dist_info().local_rank}"                             # a GPU for each process
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
-        reason = first_line(e)
-        raise ValueError(f"--device {name} is not to be had here ({reason}): use --device auto") from None
+        raise ValueError(f"--device {name} is not to be had here ({first_line(e)}): "
+                         "use --device auto") from None
     return name
 
 def memory_mb(device: str) -> int:
@@ -215,12 +221,12 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/90_core.ipynb #k051
-def progress(items: Iterable, total: int | None = None, say: Callable = str, every: float = 10.0) -> Iterator:
+def progress(items: Iterable, say: Callable = str) -> Iterator:
     """Iterate; what takes more than a second shows how far it is, with an ETA and what say() returns.
 
-    In a terminal or a notebook that is a bar; elsewhere, in a log say, a line every so many seconds.
+    In a terminal or a notebook that is a bar; elsewhere, in a log say, a line every ten seconds.
     """
-    total = total or len(items)
+    total = len(items)
     bar = None
     start = last = time.time()
     for i, item in enumerate(items, 1):
@@ -234,7 +240,7 @@ def progress(items: Iterable, total: int | None = None, say: Callable = str, eve
             if bar:
                 bar.comment = say()
                 bar.update(i)
-        elif time.time() - last >= every:
+        elif time.time() - last >= 10:
             last = time.time()
             left = (last - start) / i * (total - i)
             print(f"{i}/{total}, {left:.0f} s left {say()}", flush=True)
@@ -307,13 +313,13 @@ class Parser(argparse.ArgumentParser):
             rule, how = f.metadata["rule"], dict(f.metadata["how"])
             if group not in groups: groups[group] = self.add_argument_group(group)
             name = f.name if how.pop("positional", False) else flag(f.name)
-            if isinstance(default, bool): how |= dict(action=argparse.BooleanOptionalAction)
+            if isinstance(default, bool): how["action"] = argparse.BooleanOptionalAction
             elif rule and not callable(rule[0]): how = dict(choices=rule, type=type(rule[0])) | how
             elif isinstance(default, tuple): how = dict(type=type(default[0]), nargs="+") | how
-            elif default not in (None, dataclasses.MISSING): how = dict(type=type(default)) | how
+            elif default not in (None, MISSING): how = dict(type=type(default)) | how
             if name.startswith("--") and "type" in how and "choices" not in how:
                 how = dict(metavar=how["type"].__name__.upper()) | how
-            if default is not dataclasses.MISSING: how["default"] = default
+            if default is not MISSING: how["default"] = default
             groups[group].add_argument(name, help=f.metadata["help"], **how)
 
 def parse_settings(parser: Parser, kind: type, argv: list[str] | None):
@@ -342,7 +348,8 @@ def command_line(command: str, settings) -> str:
         if isinstance(value, bool): words.append(name if value else name.replace("--", "--no-", 1))
         else:
             values = value if isinstance(value, (tuple, list)) else [value]
-            words += [*([] if f.metadata["how"].get("positional") else [name]), *map(str, values)]
+            if not f.metadata["how"].get("positional"): words.append(name)
+            words += map(str, values)
     return f"python -m deco.{command} {shlex.join(words)}"
 
 # %% ../nbs/90_core.ipynb #k071i
@@ -370,7 +377,7 @@ def read_report(path: str | Path) -> tuple[Path, dict]:
 
     Raises FileNotFoundError where there is none, ValueError for a file of another kind.
     """
-    places = (Path(path), Path(path) / "report.json", Path(path) / "evaluation" / "report.json")
+    places = [Path(path, name) for name in ("", "report.json", "evaluation/report.json")]
     found = [p for p in places if p.is_file()]
     if not found:
         raise FileNotFoundError(f"no report.json in {path}: make it with python -m deco.evaluate {path}")

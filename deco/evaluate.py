@@ -249,7 +249,6 @@ def measure(cfg: Evaluation, images: Path | ImageFiles, names: list[str], refere
     with timed(seconds, "metrics"): result = compare(fake, reference.statistics)
     spectra = {k: s["spectrum"].double().round(decimals=3).tolist()
                for k, s in (("samples", fake), ("reference", reference.statistics)) if "spectrum" in s}
-    cfg.folder.mkdir(parents=True, exist_ok=True)
     with timed(seconds, "figures"):
         save_grid(cfg.folder / "grid.png", images, names)
         save_spectra(cfg.folder / "spectra.png", spectra)
@@ -331,19 +330,21 @@ def compare_reports(a: str | Path, b: str | Path, out: Path) -> Path:
     """
     (path_a, report_a), (path_b, report_b) = read_report(a), read_report(b)
     notes = check_comparable(report_a, report_b)
-    out.mkdir(parents=True, exist_ok=True)
     spectra = {k.replace("samples", "A"): v for k, v in report_a["spectra"].items()}
     save_spectra(out / "compare.png", spectra | {"B": report_b["spectra"]["samples"]})
     grids = [f"![{name}]({os.path.relpath(path.parent / 'grid.png', out)})"
              for name, path in (("A", path_a), ("B", path_b))]
 
     # The numbers with their difference, then what differs and what is the same.
-    numbers = [(label, report_a["metrics"][k], report_b["metrics"][k]) for k, label in METRICS.items()]
-    numbers = [(label, x, y, None if None in (x, y) else y - x) for label, x, y in numbers]
+    numbers = []
+    for k, label in METRICS.items():
+        x, y = report_a["metrics"][k], report_b["metrics"][k]
+        numbers.append((label, x, y, None if None in (x, y) else y - x))
     x, y = ({"extractor": r["extractor"], "reference": r["reference"]["name"]} | r["settings"]
             for r in (report_a, report_b))
-    different = [(k, x.get(k), y.get(k)) for k in x | y if x.get(k) != y.get(k)]
-    same = [(k, x.get(k)) for k in x | y if x.get(k) == y.get(k)]
+    pairs = [(k, x.get(k), y.get(k)) for k in x | y]
+    different = [(k, of_a, of_b) for k, of_a, of_b in pairs if of_a != of_b]
+    same = [(k, of_a) for k, of_a, of_b in pairs if of_a == of_b]
     text = page(
         f"A: {a}, B: {b}", notes, table(["metric", "A", "B", "B - A"], numbers),
         "A difference counts if it is larger than that between two seeds: "

@@ -24,10 +24,10 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file
+
 from torch import Tensor
 from torch.utils.data import DataLoader
-from .core import cache_path, first_line, progress, write_atomic
+from .core import cache_path, first_line, progress, write_tensors
 from .data import EXTENSIONS, batch, center_crop, Dataset, to_tensor
 
 # %% ../nbs/12_files.ipynb #3f0c5d52
@@ -84,8 +84,8 @@ def build_index(rows: Iterable[tuple], bases: list[list]) -> Index:
         names += os.fsencode(name)
         table.extend((start, len(names), groups.setdefault(group, len(groups)), *place))
     if not groups:
-        kinds = " ".join(EXTENSIONS)
-        raise FileNotFoundError(f"no image in {bases[0][0]}: expected {kinds}, files or in a tar")
+        raise FileNotFoundError(f"no image in {bases[0][0]}: expected {' '.join(EXTENSIONS)}, "
+                                "files or in a tar")
     numbers = [group for group in groups if isinstance(group, int)]
     classes = range(max(numbers) + 1) if numbers else sorted(groups.keys() - {None}) or [None]
 
@@ -184,8 +184,7 @@ def load_index(source: str | Path, root: str | Path = "data", labelled: bool = T
     shards = find_shards(source)
     key = [source, *shards] if labelled else [source, *shards, 0]
     path = cache_path(root, "index", repr(key))
-    index = _read_index(path)
-    if index: return index
+    if index := _read_index(path): return index
 
     # list the images
     for p in shards or [source]:
@@ -201,10 +200,8 @@ def load_index(source: str | Path, root: str | Path = "data", labelled: bool = T
     index = build_index(rows, bases)
 
     # keep the index
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(names=index.names, table=index.table)
     rest = json.dumps([index.bases, index.classes])
-    write_atomic(path, lambda p: save_file(tensors, p, metadata=dict(rest=rest)))
+    write_tensors(path, dict(names=index.names, table=index.table, rest=rest))
     return index
 
 # %% ../nbs/12_files.ipynb #c036
@@ -247,8 +244,8 @@ class Files(Dataset):
             try: return self.picture(used), used, reason
             except Exception as e:                                # a broken file makes Pillow raise anything
                 reason = reason or " ".join(re.sub("<.*>|'.*'", "", str(e)).split()) or type(e).__name__
-        span = f"from {self.path(k)} ({reason}) to {self.path(used)}"
-        raise ValueError(f"no picture {span} can be read: mend them or take them out")
+        raise ValueError(f"no picture from {self.path(k)} ({reason}) to {self.path(used)} can be read: "
+                         "mend them or take them out")
 
     def read(self, i: Tensor) -> tuple[Tensor, Tensor, list]:
         """Read images (n,): pixels (n, 3, S, S) uint8, targets, and (path, reason) of each one replaced.
@@ -273,8 +270,8 @@ class Files(Dataset):
             if path not in self.bad: log.warning("skipped: %s: %s", path, reason)
             self.bad[path] = reason
             if len(self.bad) <= self.max_bad * share: continue
-            limit = f"{len(self.bad)}, more than {self.max_bad:g} of {share:,}"
-            raise ValueError(f"bad pictures: {limit}; {path} ({reason}): mend or raise max_bad")
+            raise ValueError(f"bad pictures: {len(self.bad)}, more than {self.max_bad:g} of {share:,}; "
+                             f"{path} ({reason}): mend or raise max_bad")
 
 # %% ../nbs/12_files.ipynb #c043
 def _read_slice(data, seed, first, count, k):
@@ -313,8 +310,8 @@ def batches(data: Dataset, seed: int, start: int, stop: int, batch_size: int, fi
             data.count(count, item[-1])
             yield item
     except RuntimeError as e:
-        reason = f"reading failed ({first_line(e)})"
-        raise ValueError(f"{reason}: a dead worker? Use fewer, or give more memory") from e
+        raise ValueError(f"reading failed ({first_line(e)}): "
+                         "a dead worker? Use fewer, or give more memory") from e
     finally:
         end()
         atexit.unregister(end)

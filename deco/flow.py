@@ -8,8 +8,10 @@ __all__ = ['SOLVERS', 'interpolate', 'velocity', 'flow_loss', 'shift_time', 'log
 
 # %% ../nbs/02_flow.ipynb #c003
 import math
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 import torch
 from torch import Tensor
 from .core import generator
@@ -38,8 +40,8 @@ def flow_loss(pred: Tensor, target: Tensor) -> Tensor:
     pred, target: (B, ...). Raises ValueError for two shapes (they would be broadcast).
     """
     if pred.shape != target.shape:
-        shapes = f"pred {tuple(pred.shape)} and target {tuple(target.shape)}"
-        raise ValueError(f"{shapes} must have the same shape")
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} "
+                         "must have the same shape")
     return (pred.float() - target.float()).square().mean()
 
 # %% ../nbs/02_flow.ipynb #c044
@@ -118,10 +120,9 @@ def _heun_fsal(v, x, t, t_next, past):
     past.append(v(x + (t_next - t) * slope, t_next))
     return (slope + past[-1]) / 2
 
-def _adams(v, x, t, t_next, past, order):
-    "Follow the polynomial through the last `order` velocities, integrated over the step (Adams-Bashforth)."
-    past.append((t, v(x, t)))
-    del past[:-order]
+def _adams(v, x, t, t_next, past):
+    "Follow the polynomial through the last velocities, integrated over the step (Adams-Bashforth)."
+    past.append((t, v(x, t)))                               # `past` holds as many as the order
     weights = adams_weights([s for s, _ in past], t_next)
     return sum(w / (t_next - t) * slope for w, (_, slope) in zip(weights, past))
 
@@ -158,19 +159,18 @@ def sample(model: Callable, noise: Tensor, y: Tensor, *, steps: int = 50,
     # the field
     if null is None and guidance != 1 and not weak:
         if y.ndim > 1:
-            source = 'the embeddings of "": see deco.sample_prompts'
-            raise ValueError(f"guidance away from no prompt needs null, {source}")
+            raise ValueError("guidance away from no prompt needs null, "
+                             'the embeddings of "": see deco.sample_prompts')
         null = torch.full_like(y, model.num_classes)
     if null is not None: null = null.to(y.device).expand_as(y)
     v = guided(model, y, null, guidance, weak)
 
     # the way
-    slope_of = partial(_adams, order=order) if solver == "adams" else _SOLVERS[solver]
+    slope_of = _SOLVERS[solver]
     lo, hi = interval
-    times = time_grid(steps, shift)
-    past = []
+    past = deque(maxlen=order)
     x = noise
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(time_grid(steps, shift))):
         if callback: callback(i, t, x)
         field = partial(v, on=lo < t <= hi)                 # the step follows one field, chosen at its start
         x = x + (t_next - t) * slope_of(field, x, t, t_next, past)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from .core import (AT_LEAST_1, barrier, check_settings, dist_info, on_rank0, parse_settings, Parser,
                        process_group, progress, run_command, setting, write_picture, write_text)
-from .data import to_uint8
+from .data import to_image, to_uint8
 from .model import sample_images
 from .sample import claim, Drawing, prepare
 
@@ -75,14 +75,12 @@ def item_paths(root: Path, item: Item, n: int) -> list[Path]:
 
 def write_item(root: Path, item: Item, images: Tensor) -> None:
     "Write the files of a prompt from its images, uint8 (n, 3, H, W). Raises OSError where that fails."
-    images = images.permute(0, 2, 3, 1)
     paths = item_paths(root, item, len(images))
-    paths[-1].parent.mkdir(parents=True, exist_ok=True)
     if item.metadata is None:
-        square = torch.cat([torch.cat(list(row), 1) for row in images.unflatten(0, (2, 2))])     # (2H, 2W, 3)
-        return write_picture(paths[0], Image.fromarray(square.numpy()))
+        rows = [torch.cat(list(row), 2) for row in images.unflatten(0, (2, 2))]                  # (3, H, 2W)
+        return write_picture(paths[0], to_image(torch.cat(rows, 1)))
     write_text(paths[0], json.dumps(item.metadata))
-    for path, image in zip(paths[1:], images): write_picture(path, Image.fromarray(image.numpy()))
+    for path, image in zip(paths[1:], images): write_picture(path, to_image(image))
 
 def _problem(path, item, size):
     "Say what is wrong with a file of a prompt (None: of no prompt); \"\" if nothing is."
@@ -107,8 +105,8 @@ def problems(root: str | Path, items: list[Item], n: int, size: int) -> list[str
     root = Path(root)
     expected = {path: item for item in items for path in item_paths(root, item, n)}
     present = {p for p in root.rglob("*") if p.is_file()}
-    lines = [(path, _problem(path, expected.get(path), size)) for path in sorted(expected.keys() | present)]
-    return [f"{path} {problem}" for path, problem in lines if problem]
+    return [f"{path} {problem}" for path in sorted(expected.keys() | present)
+            if (problem := _problem(path, expected.get(path), size))]
 
 # %% ../nbs/19_benchmarks.ipynb #z005
 @dataclass(kw_only=True)
@@ -149,8 +147,7 @@ def export(cfg: Export) -> str:
     with process_group("cpu", patience=timedelta(days=7)):
         if not cfg.check: on_rank0(lambda: claim(Path(cfg.out), prepared.settings))
         for i in progress([] if cfg.check else todo):
-            images = sample_images(prepared.model, [i] * n, prepared.size, seed=cfg.seed, first=n * i,
-                                   batch_size=cfg.batch_size, **prepared.solver)
+            images = sample_images(prepared.model, [i] * n, prepared.size, first=n * i, **prepared.solver)
             write_item(root, items[i], to_uint8(images))
         barrier()
 

@@ -64,17 +64,17 @@ def _class_parts(model, info, arguments):
     classes = info.get("classes") or []
     more = ", ..." if len(classes) > 10 else ""
     names = f" ({', '.join(map(str, classes[:10]))}{more})" if classes else ""
-    labels = list(range(min(4, none)))
     return dict(given="a class", conditions=f"{none} classes{names}; label {none} stands for none.",
-                draw=f"images = deco.sample_images(model, labels={labels}, size={arguments})")
+                draw=f"images = deco.sample_images(model, labels={list(range(min(4, none)))}, "
+                     f"size={arguments})")
 
 def _prompt_parts(text, info, arguments):
     "Fill the card's places that differ for a model of prompts."
     prompts = (info.get("prompts") or [""])[:4]
-    conditions = f"prompts of up to {text['length']} tokens of the language model {text['name']}."
-    draw = ("encoder = deco.TextEncoder(**model.info['text'])\n"
-            f"images = deco.sample_prompts(model, encoder, {prompts}, {arguments})")
-    return dict(given="a prompt", conditions=conditions, draw=draw)
+    return dict(given="a prompt",
+                conditions=f"prompts of up to {text['length']} tokens of the language model {text['name']}.",
+                draw="encoder = deco.TextEncoder(**model.info['text'])\n"
+                     f"images = deco.sample_prompts(model, encoder, {prompts}, {arguments})")
 
 def card(model: DiT, info: dict) -> str:
     """Write the text of a model card; what `info` does not hold, it says is unknown.
@@ -90,9 +90,11 @@ def card(model: DiT, info: dict) -> str:
 
     arguments = _draw_arguments(model, info, train)
     parts = _prompt_parts(text, info, arguments) if text else _class_parts(model, info, arguments)
-    parts |= dict(kind=type(model).__name__, count=parameter_count(model), title=model.head.title)
-    parts |= dict(size=info.get("size", "unknown"), configuration=_rows(model.config), training=training)
-    return f"{_MARK}\n" + _CARD.format(**parts, numbers=_rows(metrics) if metrics else "None were measured.")
+    body = _CARD.format(**parts, kind=type(model).__name__, count=parameter_count(model),
+                        title=model.head.title, size=info.get("size", "unknown"), training=training,
+                        configuration=_rows(model.config),
+                        numbers=_rows(metrics) if metrics else "None were measured.")
+    return f"{_MARK}\n{body}"
 
 # %% ../nbs/11_weights.ipynb #w038
 def fetch(repo_id: str, **hub) -> Path:
@@ -105,8 +107,8 @@ def fetch(repo_id: str, **hub) -> Path:
     except Exception as e: raise _hub_error(f"no folder {repo_id}, and the hub gives none", e) from None
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if not missing: return folder
-    mend = ".ckpt files are for deco.load_official"
-    raise FileNotFoundError(f"{repo_id} on the hub holds no {' and no '.join(missing)}: {mend}")
+    raise FileNotFoundError(f"{repo_id} on the hub holds no {' and no '.join(missing)}: "
+                            ".ckpt files are for deco.load_official")
 
 def _hub_error(what, e):
     "Make an error of one line of whatever hub or network did."
@@ -114,17 +116,17 @@ def _hub_error(what, e):
 
 # %% ../nbs/11_weights.ipynb #w040
 def _report_metrics(folder):
-    "Read what a folder's report of deco.evaluate says of its weights; {} for none. Warn of one of others."
+    "Give as `metrics` what a folder's report says of its weights; {} for none. Warn of one of others."
     try: path, report = read_report(folder)
     except FileNotFoundError: return {}
     settings = report["settings"]
     if settings.get("weights") != file_hash(folder / "model.safetensors"):
-        message = f"{path} is not known to be about these weights, and is left out: evaluate them"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(f"{path} is not known to be about these weights, and is left out: evaluate them",
+                      stacklevel=4)
         return {}
     sampling = ("labels", "seed", "solver", "steps", "guidance", "interval", "shift")
     facts = dict(images=report["n"], extractor=report["extractor"], reference=report["reference"]["name"])
-    return report["metrics"] | facts | {k: settings[k] for k in sampling if k in settings}
+    return {"metrics": report["metrics"] | facts | {k: settings[k] for k in sampling if k in settings}}
 
 def _write_files(folder, write):
     "Let write(new) make a model's files in a new folder inside `folder`, then move them over the old ones."
@@ -134,8 +136,8 @@ def _write_files(folder, write):
         names = [*_FILES, "README.md"]
         old = folder / "README.md"
         if old.exists() and _MARK not in old.read_text(errors="replace"):
-            message = f"{old} is no card of deco's and stays as it is: remove it for a new one"
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(f"{old} is no card of deco's and stays as it is: remove it for a new one",
+                          stacklevel=4)
             names.remove(old.name)
         for name in names: os.replace(Path(new) / name, folder / name)
 
@@ -170,9 +172,8 @@ class Published(ModelHubMixin, library_name="deco",
         if ignored: raise ValueError(f"{', '.join(ignored)} would be ignored: give it with push_to_hub=True")
         try: _write_files(folder, super().save_pretrained)
         except OSError as e:
-            reason = e.__context__ or e
-            mend = "make room or choose another folder; what was there before is whole"
-            raise OSError(f"cannot save into {folder} ({reason}): {mend}") from None
+            raise OSError(f"cannot save into {folder} ({e.__context__ or e}): "
+                          "make room or choose another folder; what was there before is whole") from None
         except TypeError as e: raise ValueError(f"info must be what a JSON file can hold ({e})") from None
         if not push_to_hub: return None
         repo_id = repo_id or folder.name
@@ -192,6 +193,5 @@ class Published(ModelHubMixin, library_name="deco",
             raise ValueError(f"{path} is a file: give its folder; .ckpt files are for deco.load_official")
         folder = path if path.is_dir() else fetch(str(pretrained_model_name_or_path), **hub)
         model, info = load(folder)
-        metrics = {} if "metrics" in info else _report_metrics(folder)
-        if metrics: info["metrics"] = metrics
+        if "metrics" not in info: info |= _report_metrics(folder)
         return cls(model, info)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from .core import file_hash, generator, write_atomic
+from .core import file_hash, generator, write_tensors
 from .data import to_float, to_uint8
 from .dct import block_dct, rgb_to_ycbcr, zigzag
 
@@ -66,9 +66,9 @@ class Classifier(nn.Module):
 # %% ../nbs/09_metrics.ipynb #c012b
 def small_classifier(path: Path):
     "Load a `Classifier` of any float type, and a function; it sees 32 x 32 pixels (bilinear, antialiased)."
-    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    state = load_file(path)
     net = Classifier(len(state["head.1.weight"]))
-    net.load_state_dict(state)
+    net.load_state_dict(state)                                           # which makes it float32
     def run(images):
         return net(F.interpolate(to_float(images), (32, 32), mode="bilinear", antialias=True))
     return net, run
@@ -92,8 +92,8 @@ def efficientnet_extractor(path: Path):
     net = efficientnet_lite0()
     net.load_state_dict(torch.load(path, weights_only=True))
     maps = []
-    last = net._blocks[10]                                               # of those with 14 x 14 places
-    last.register_forward_hook(lambda module, args, out: maps.append(out))
+    # the last of the blocks with 14 x 14 places
+    net._blocks[10].register_forward_hook(lambda module, args, out: maps.append(out))
     def run(images):
         x = efficientnet_input(images, (224, 224))
         features = net._avg_pooling(net.extract_features(x)).flatten(1)
@@ -111,8 +111,8 @@ def inception(path: Path):
     torch.load(path, weights_only=True)                                  # refuses code that is run below
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     maps = []
-    layer = net.Mixed_6d.branch1x1                                       # mixed_6/conv:0
-    layer.register_forward_hook(lambda module, args, out: maps.append(out))
+    # mixed_6/conv:0
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: maps.append(out))
     def run(images):
         features, logits = net(images)
         return features, maps.pop(), logits
@@ -221,8 +221,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 def _split_score(log_p):
     "Compute exp of the mean KL divergence of p(class | image) from its average; log_p: (N, K)."
     p = log_p.exp()
-    divergence = (p * (log_p - p.mean(0).log())).nansum(1)               # 0 log 0 = 0
-    return divergence.mean().exp()
+    return (p * (log_p - p.mean(0).log())).nansum(1).mean().exp()        # 0 log 0 = 0
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """Compute the Inception Score of logits (N, K), from 1 (worst) to K: mean and deviation over parts.
@@ -359,7 +358,7 @@ def statistics(images: ImageSet, extractor: Extractor, batch_size: int = 100) ->
         spatial.update(out["spatial"])
         features.append(out["features"])
         logits.append(out["logits"])
-        total = total + len(x) * spectrum(x)
+        total += len(x) * spectrum(x)
     return dict(count=pooled.count, extractor=extractor.label,
                 mu=pooled.mean, sigma=pooled.cov(), mu_s=spatial.mean, sigma_s=spatial.cov(),
                 features=torch.cat(features), logits=torch.cat(logits), spectrum=total / pooled.count)
@@ -435,12 +434,9 @@ def reference_statistics(source: ImageSet, extractor: Extractor, cache: str | Pa
     except (FileNotFoundError, ValueError): stats = {}
     if stats.get("fingerprint") == pixels: return stats
 
-    # else all anew: tensors as tensors, the rest as text
+    # else all anew
     stats = statistics(source, extractor, batch_size) | dict(fingerprint=pixels)
-    tensors = {k: v.contiguous() for k, v in stats.items() if isinstance(v, Tensor)}
-    texts = {k: str(v) for k, v in stats.items() if k not in tensors}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(cache, lambda p: save_file(tensors, p, texts))
+    write_tensors(cache, stats)
     return stats
 
 # %% ../nbs/09_metrics.ipynb #c068
@@ -458,11 +454,10 @@ def compare(fake: dict, real: dict, k: int = 3, splits: int = 10) -> dict:
         raise ValueError(f"the reference holds {other} features, {name} has {width}: "
                          "take the extractor it was made with")
 
-    notes = []
-    for title, count in (("generated", fake["count"]), ("reference", real["count"])):
-        if count is not None and count <= width:
-            notes.append(f"{count} {title} images for {width} features: "
-                         "the covariance is singular, and FID far too large")
+    notes = [f"{count} {title} images for {width} features: "
+             "the covariance is singular, and FID far too large"
+             for title, count in (("generated", fake["count"]), ("reference", real["count"]))
+             if count is not None and count <= width]
 
     # what can be computed, and None for the rest
     def distance(mean, cov): return frechet_distance(fake[mean], fake[cov], real[mean], real[cov])

@@ -49,10 +49,10 @@ class Pretrained:
         from deco.hub import Published
         published = Published.from_pretrained(folder_or_id, **hub)
         model = published.model
-        kind = type(model).__name__
         if not isinstance(model, cls):
-            mend = f"use {kind}.from_pretrained"
-            raise ValueError(f"{folder_or_id} holds a {kind}, not a {cls.__name__}: {mend}")
+            kind = type(model).__name__
+            raise ValueError(f"{folder_or_id} holds a {kind}, not a {cls.__name__}: "
+                             f"use {kind}.from_pretrained")
         model.info = published.info
         return model
 
@@ -93,12 +93,12 @@ FAMILY = {"decoder_width": DeCo, "field_width": PixNerd}    # a key that only th
 
 def build(config: dict) -> DiT:
     "Make a configuration's model, weights random: of the class whose `FAMILY` key is in it, or a `Baseline`."
-    kinds = [kind for key, kind in FAMILY.items() if key in config]
-    return kinds[0](**config) if kinds else Baseline(**config)
+    kind = next((kind for key, kind in FAMILY.items() if key in config), Baseline)
+    return kind(**config)
 
 # %% ../nbs/05_model.ipynb #c011
 _PAPER = dict(decoder_width=32, decoder_depth=3, decoder_gain=0.0)
-_TOY = dict(decoder_width=32, decoder_depth=3, decoder_gain=0.5)
+_TOY = _PAPER | dict(decoder_gain=0.5)
 _TINY = dict(decoder_width=8, decoder_depth=2, decoder_gain=0.5)
 SIZES = {
     "deco-xxl":  dict(patch_size=16, width=1536, depth=16, heads=24, recompute="cheap", **_PAPER,
@@ -107,10 +107,10 @@ SIZES = {
     "dit-xl":    dict(patch_size=16, width=1152, depth=28, heads=16, recompute="cheap"),
     "deco-l":    dict(patch_size=16, width=1024, depth=22, heads=16, recompute="cheap", **_PAPER),
     "dit-l":     dict(patch_size=16, width=1024, depth=24, heads=16, recompute="cheap"),
-    "deco-toy":  dict(patch_size=8,  width=192,  depth=4,  heads=3,  recompute="none",  **_TOY),
-    "dit-toy":   dict(patch_size=8,  width=192,  depth=6,  heads=3,  recompute="none"),
-    "deco-tiny": dict(patch_size=8,  width=64,   depth=2,  heads=2,  recompute="none",  **_TINY),
-    "dit-tiny":  dict(patch_size=8,  width=64,   depth=3,  heads=2,  recompute="none"),
+    "deco-toy":  dict(patch_size=8,  width=192,  depth=4,  heads=3,  **_TOY),
+    "dit-toy":   dict(patch_size=8,  width=192,  depth=6,  heads=3),
+    "deco-tiny": dict(patch_size=8,  width=64,   depth=2,  heads=2,  **_TINY),
+    "dit-tiny":  dict(patch_size=8,  width=64,   depth=3,  heads=2),
 }
 
 # %% ../nbs/05_model.ipynb #create
@@ -165,9 +165,10 @@ def load(folder: str | Path, weights: str = "model.safetensors") -> tuple[DiT, d
     """
     folder = run_folder(folder)
     config_path, weights_path = folder / "config.json", folder / weights
-    mend = "give the folder of a finished run of deco.train, or let it save first"
-    for name, path in (("config.json", config_path), (weights, weights_path)):
-        if not path.is_file(): raise FileNotFoundError(f"no {name} in {folder}: {mend}")
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path.name} in {folder}: "
+                                    "give the folder of a finished run of deco.train, or let it save first")
     info = read_json(config_path)
     try: model = build(info["model"])
     except (KeyError, TypeError) as e:

@@ -53,7 +53,7 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def infer_config(state: dict[str, Tensor]) -> dict:
     "Read the configuration off a renamed state dict's names and shapes. Raises KeyError for a foreign one."
     def count(prefix):
-        return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
+        return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
     width, inputs = state["patch_embed.weight"].shape
     decoder = "head.cond_embed.weight" in state
     channels = len(state["head.linear.weight"]) if decoder else 3
@@ -75,19 +75,16 @@ def reorder(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     heads = config["heads"]
     head_width = config["width"] // heads
     P2 = config["patch_size"]**2
-    halves = torch.cat([torch.arange(0, head_width, 2), torch.arange(1, head_width, 2)])
+    halves = torch.arange(head_width).view(-1, 2).T.flatten()                       # even ones first
     out = dict(state)
     out["patch_embed.weight"] = state["patch_embed.weight"].unflatten(1, (-1, P2)).transpose(1, 2).flatten(1)
     for key, w in state.items():
         if "decoder_width" not in config and key.startswith("head.linear"):
             out[key] = w.unflatten(0, (-1, P2)).transpose(0, 1).flatten(0, 1)
         if key.endswith(("q_norm.weight", "k_norm.weight")): out[key] = w[halves]
-        if key.endswith("qkv.weight"):
-            q, k, v = w.unflatten(0, (3, heads, head_width))                # each (heads, head_width, width)
-            out[key] = torch.stack([q[:, halves], k[:, halves], v]).flatten(0, 2)
-        if key.endswith("text_kv.weight"):
-            k, v = w.unflatten(0, (2, heads, head_width))
-            out[key] = torch.stack([k[:, halves], v]).flatten(0, 2)
+        if key.endswith("kv.weight"):                                       # qkv and text_kv
+            *rotated, v = w.unflatten(0, (-1, heads, head_width))           # each (heads, head_width, width)
+            out[key] = torch.stack([*(z[:, halves] for z in rotated), v]).flatten(0, 2)
     return out
 
 # %% ../nbs/21_official.ipynb #c032
@@ -107,7 +104,7 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     # of a Lightning checkpoint, one of the two models in it
     if any(k.startswith(("denoiser.", "ema_denoiser.")) for k in state):
         prefix = "ema_denoiser." if ema else "denoiser."
-        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if not state: raise ValueError(f"{name} holds no {prefix}* weights: load it with ema={not ema}")
 
     state = rename({k.replace("_orig_mod.", ""): v for k, v in state.items()})     # torch.compile's prefix

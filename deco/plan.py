@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .config import parse
-from .core import ABOVE_0, check_settings, flag, Parser, read_json, run_command, setting
+from .core import ABOVE_0, check_settings, Parser, read_json, run_command, setting
 from .datasets import NAMED
 from .dit import DiT, linear_flops
 from .model import SIZES, build, model_args
@@ -32,8 +32,8 @@ def _bare(config):
     except TypeError as e:
         raise ValueError(f"no model has this configuration: {str(e).split('() ')[-1]}") from None
     if hasattr(model.head, "flops") and hasattr(model.head, "activations"): return model
-    head = type(model.head).__name__
-    raise ValueError(f"the head {head} does not say what it costs: give it flops and activations")
+    raise ValueError(f"the head {type(model.head).__name__} does not say what it costs: "
+                     "give it flops and activations")
 
 def _token_count(model, size):
     "Count the tokens of an image. Raises ValueError where patches do not fill it."
@@ -62,12 +62,12 @@ def parameters(config: dict, ranks: int = 1) -> dict[str, int]:
 def _block_flops(block, tokens, text=0):
     "Count the FLOPs of one block, by part; its tokens look at each other and at `text` tokens of a prompt."
     attn, mlp = block.attn, block.mlp
-    projections = linear_flops(attn.qkv, tokens) + linear_flops(attn.proj, tokens)
-    if text: projections += linear_flops(attn.text_kv, text)
+    projections = linear_flops(tokens, attn.qkv, attn.proj)
+    if text: projections += linear_flops(text, attn.text_kv)
     return {"attention projections": projections,
             "attention scores": 4 * tokens * (tokens + text) * attn.proj.in_features,   # q k^T; softmax and v
-            "MLP": linear_flops(mlp.gate_up, tokens) + linear_flops(mlp.down, tokens),
-            "modulation": linear_flops(block.modulation, 1)}                            # once per image
+            "MLP": linear_flops(tokens, mlp.gate_up, mlp.down),
+            "modulation": linear_flops(1, block.modulation)}                            # once per image
 
 def flops(config: dict, size: _Size) -> dict[str, int]:
     """Count the FLOPs of one image's forward pass, by part: 2 for each multiply-add of a product.
@@ -77,13 +77,13 @@ def flops(config: dict, size: _Size) -> dict[str, int]:
     """
     model = _bare(config)
     tokens, text = _token_count(model, size), model.config.get("text_length", 0)
-    parts = {"patch embedding": linear_flops(model.patch_embed, tokens)}
+    parts = {"patch embedding": linear_flops(tokens, model.patch_embed)}
     if text:
         refining = sum(sum(_block_flops(block, text).values()) for block in model.prompts.blocks)
-        parts["prompt"] = linear_flops(model.prompts.proj, text) + refining
+        parts["prompt"] = linear_flops(text, model.prompts.proj) + refining
     for part, count in _block_flops(model.blocks[0], tokens, text).items():
         parts[part] = config["depth"] * count
-    parts["modulation"] += sum(linear_flops(m, 1) for m in model.time_embed.mlp[::2])
+    parts["modulation"] += linear_flops(1, *model.time_embed.mlp[::2])
     return parts | model.head.flops(tokens)
 
 # %% ../nbs/13_plan.ipynb #p016flops
@@ -202,8 +202,8 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
     `memory`. Raises ValueError naming a flag without sense.
     """
     machine = Machine(**machine)
-    for name, value in dict(batch_size=batch_size, images=images).items():
-        if value <= 0: raise ValueError(f"{flag(name)} must be above 0, not {value}")
+    if batch_size <= 0: raise ValueError(f"--batch-size must be above 0, not {batch_size}")
+    if images <= 0: raise ValueError(f"--images must be above 0, not {images}")
     check_settings(machine)
     per_gpu, rest = divmod(batch_size, machine.gpus)
     if rest: raise ValueError(f"--batch-size {batch_size} must be a multiple of --gpus {machine.gpus}")
@@ -242,21 +242,20 @@ def show(p: dict) -> str:
     "Write a plan as lines to read."
     forward = sum(p["flops"].values())
     memory = sum(p["memory"].values())
-    sent = sum(p["communication"].values())
     fits = "fits" if memory <= p["capacity"] * 1e9 else "DOES NOT FIT"
-    shares = _listed(p["flops"], lambda n: f"{n / forward:.1%}")
     rows = [("model", "{parameters:,} parameters, size {size}, recompute {recompute}, {precision}, "
                       "{parallel}".format(**p)),
             ("step", "{batch_size} images = {gpus} GPU x {passes} pass x {micro_batch}; "
                      "{steps:,} steps for {images:,} images".format(**p)),
             ("compute", f"{forward / 1e9:,.1f} GFLOP forward, "
                         f"{p['step_flops'] / 1e9:,.1f} a training step, per image"),
-            ("", shares),
+            ("", _listed(p["flops"], lambda n: f"{n / forward:.1%}")),
             ("memory", f"{_gigabytes(memory)} of {p['capacity']:g} GB per GPU: {fits}; "
                        f"at most {p['largest']} images per GPU and pass"),
             ("", _listed(p["memory"], _gigabytes)),
             ("network", f"{_listed(p['communication'], _gigabytes) or 'nothing'} per GPU and step: "
-                        f"{sent / p['bandwidth'] / 1e9:.3f} s at {p['bandwidth']:g} GB/s, "
+                        f"{sum(p['communication'].values()) / p['bandwidth'] / 1e9:.3f} s at "
+                        f"{p['bandwidth']:g} GB/s, "
                         "if nothing hides it"),
             ("time", f"{p['seconds']:.3f} s a step, {p['hours']:,.1f} hours in all "
                      f"({p['hours'] * p['gpus']:,.0f} GPU hours), if each GPU does {p['tflops']:g} TFLOP/s")]
@@ -271,8 +270,8 @@ def _text_width(name):
     path = Path(name) / "config.json"
     if name in _TEXT_WIDTHS: return _TEXT_WIDTHS[name]
     if path.is_file(): return read_json(path)["hidden_size"]
-    known = ", ".join(_TEXT_WIDTHS)
-    raise ValueError(f"--text {name}: its width is not known here; give its folder, or one of {known}")
+    raise ValueError(f"--text {name}: its width is not known here; give its folder, "
+                     f"or one of {', '.join(_TEXT_WIDTHS)}")
 
 def cost(cfg, **machine) -> str:
     """Write the plan of a run with a `deco.config.Config`, to read; machine: the settings of `Machine`.
@@ -285,8 +284,8 @@ def cost(cfg, **machine) -> str:
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     names = ("size", "batch_size", "images", "micro_batch", "precision", "parallel")
     settings = {name: getattr(cfg, name) for name in names}
-    teacher = _TEACHERS.get(cfg.repa, 0)
-    text = show(plan(config, **settings, emas=len(cfg.ema_decay), teacher_parameters=teacher, **machine))
+    text = show(plan(config, **settings, emas=len(cfg.ema_decay),
+                     teacher_parameters=_TEACHERS.get(cfg.repa, 0), **machine))
     if not cfg.text: return text
     return (f"{text}\nleft out the language model {cfg.text}: its weights, "
             "and a pass for each caption that is not in the cache")

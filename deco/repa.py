@@ -60,9 +60,9 @@ class Encoder:
         h, w = grid
         if H * w != W * h: raise ValueError(f"{h} x {w} tokens do not fit images of {H} x {W} pixels")
 
-        out = self.net(pixels.to(self.device), (h, w)).float()
+        out = self.net(pixels.to(self.device), grid).float()
         if out.ndim == 4:
-            if out.shape[-2:] != (h, w): out = F.interpolate(out, (h, w), mode="bilinear", antialias=True)
+            if out.shape[-2:] != grid: out = F.interpolate(out, grid, mode="bilinear", antialias=True)
             out = out.flatten(2).transpose(1, 2)                         # reading order, as the DiT's tokens
         want = (B, h * w, self.features)
         if out.shape == want: return out
@@ -75,8 +75,8 @@ def dino_input(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
     First normalised, then bicubic and not antialiased, as the authors do.
     """
-    mean = torch.tensor((0.485, 0.456, 0.406), device=images.device).view(3, 1, 1)
-    std = torch.tensor((0.229, 0.224, 0.225), device=images.device).view(3, 1, 1)
+    rows = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    mean, std = torch.tensor(rows, device=images.device).view(2, 3, 1, 1)
     return F.interpolate((images - mean) / std, (14 * grid[0], 14 * grid[1]), mode="bicubic")
 
 def dino_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:

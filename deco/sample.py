@@ -19,7 +19,7 @@ from PIL import Image
 from .core import (AT_LEAST_0, AT_LEAST_1, barrier, check_settings, dist_info, file_hash, generator,
                        on_rank0, parse_settings, Parser, pick_device, process_group, progress, read_json,
                        run_command, setting, write_atomic, write_picture, write_text)
-from .data import make_grid, to_uint8
+from .data import make_grid, to_image, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
 from .model import load, run_folder, sample_images
@@ -33,9 +33,8 @@ def pick_classes(text: str, classes: list[str]) -> list[int]:
     """
     names = [c.lower() for c in classes]
     labels = []
-    for word in (w.strip() for w in text.lower().split(",")):
-        if word.isdigit(): fitting = [i for i in range(len(names)) if i == int(word)]
-        else: fitting = [i for i, name in enumerate(names) if name == word]
+    for word in map(str.strip, text.lower().split(",")):
+        fitting = [i for i, name in enumerate(names) if (i == int(word) if word.isdigit() else name == word)]
         fitting = fitting or [i for i, name in enumerate(names) if name.startswith(word)]
         if len(fitting) != 1:
             every = ", ".join(f"{i} {c}" for i, c in enumerate(classes))
@@ -91,8 +90,7 @@ def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, see
         for i in progress(starts, say=lambda: f"{per_image(time.time() - start):.3f} s per image"):
             images = sample_images(model, labels[i:i + batch_size], size, seed=seed, first=i,
                                    batch_size=batch_size, **solver)
-            for path, image in zip(paths[i:], to_uint8(images).permute(0, 2, 3, 1).numpy()):
-                write_picture(path, Image.fromarray(image))
+            for path, image in zip(paths[i:], to_uint8(images)): write_picture(path, to_image(image))
             drawn += len(images)
     return dict(drawn=drawn, seconds_per_image=per_image(time.time() - start),
                 evaluations_per_image=per_image(sum(evaluated)))
@@ -126,7 +124,6 @@ def claim(folder: Path, settings: dict) -> None:
     if changed:
         differences = ", ".join(f"{k} {old.get(k)} (now {settings[k]})" for k in changed)
         raise ValueError(f"{folder} holds images made with {differences}: use these again, or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings | {"num": max(settings["num"], old["num"])}, indent=2))
 
 def pick_average(run: Path, decay: float | None = None) -> tuple[str, float | None]:
@@ -200,10 +197,10 @@ def _image_size(drawing, info):
     if "size" not in info:
         path = run_folder(drawing.run) / "config.json"
         raise ValueError(f'{path} names no image size: add "size": PIXELS to it')
-    if not drawing.size: return info["size"]
-    sides = [drawing.size] if isinstance(drawing.size, int) else list(drawing.size)
-    if len(sides) > 2: raise ValueError(f"--size takes one number, or height and width, not {sides}")
-    return sides[0] if len(sides) == 1 else sides
+    size = drawing.size or info["size"]
+    if isinstance(size, int): return size
+    if len(size) > 2: raise ValueError(f"--size takes one number, or height and width, not {list(size)}")
+    return size[0] if len(size) == 1 else list(size)
 
 def _load_weak(drawing, model, info):
     "Load the weaker model to guide away from, if any. Raises ValueError if it knows other classes or words."
@@ -226,8 +223,7 @@ def _encode_prompts(drawing, info, device):
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encoder = TextEncoder(**info["text"], device=device)
     embeddings = encoder([*prompts, drawing.negative])                        # (prompts + 1, L, E)
-    cut = encoder.counts["cut"]
-    if cut:
+    if cut := encoder.counts["cut"]:
         print(f"note: {cut} prompts are longer than {encoder.length} tokens; the rest of them is not read",
               file=sys.stderr)
     return prompts, dict(embeddings=embeddings[:-1], null=embeddings[-1:])
@@ -241,7 +237,7 @@ class Prepared:
     names: list[str]                  # of the labels: classes, or prompts
     labels: list[int]                 # one for each image
     size: int | list[int]             # a side, or height and width
-    solver: dict                      # keywords of `sample_images`: solver, guidance, embeddings of prompts
+    solver: dict                      # keywords of `sample_images`: seed, steps, embeddings of prompts, ...
     settings: dict                    # what decides the images, for samples.json
 
 def prepare(drawing: Drawing) -> Prepared:
@@ -264,9 +260,9 @@ def prepare(drawing: Drawing) -> Prepared:
     elif drawing.prompt or drawing.negative:
         raise ValueError(f"--prompt and --negative: {drawing.run} knows classes and no words; use --classes")
     else:
-        names = info.get("classes", [str(i) for i in range(model.num_classes)])
+        names = info.get("classes", list(map(str, range(model.num_classes))))
         counts = info.get("class_counts")
-    chosen = pick_classes(drawing.classes, names) if drawing.classes else list(range(len(names)))
+    chosen = pick_classes(drawing.classes, names) if drawing.classes else range(len(names))
     labels = pick_labels(drawing.num_images, chosen, drawing.labels, drawing.seed, counts)
 
     # What decides the images. A JSON file knows lists and no tuples.
@@ -278,7 +274,8 @@ def prepare(drawing: Drawing) -> Prepared:
                     classes=[names[i] for i in chosen], size=size, batch_size=drawing.batch_size, **solver,
                     weak=file_hash(run_folder(drawing.weak) / "model.safetensors") if weak else None)
     if text: settings["negative"] = drawing.negative
-    solver |= dict(weak=weak.to(device) if weak else None) | text
+    solver |= dict(seed=drawing.seed, batch_size=drawing.batch_size, weak=weak.to(device) if weak else None)
+    solver |= text
     return Prepared(model.to(device), info, names, labels, size, solver, settings)
 
 # %% ../nbs/08_sample.ipynb #p006
@@ -289,11 +286,11 @@ def write_set(prepared: Prepared, out: Path) -> str:
     """
     rank, world_size, _ = dist_info()
     folder = out.with_suffix("") if out.suffix == ".npz" else out
-    settings = {k: prepared.settings[k] for k in ("size", "seed", "batch_size")} | prepared.solver
+
     with process_group("cpu", patience=timedelta(days=7)):                    # the last may be far behind
         on_rank0(lambda: claim(folder, prepared.settings))
-        cost = write_samples(prepared.model, prepared.labels, folder=folder, rank=rank, world_size=world_size,
-                             **settings)
+        cost = write_samples(prepared.model, prepared.labels, prepared.size, folder, rank=rank,
+                             world_size=world_size, **prepared.solver)
         barrier()
         if out.suffix == ".npz": on_rank0(lambda: write_npz(folder, out, len(prepared.labels)))
     share = f" by process {rank} of {world_size}" if world_size > 1 else ""
@@ -311,10 +308,8 @@ def draw(cfg: Sampling) -> str:
     prepared = prepare(cfg)
     out = Path(cfg.out)
     if out.suffix != ".png": return write_set(prepared, out)
-    images = sample_images(prepared.model, prepared.labels, prepared.size, seed=cfg.seed,
-                           batch_size=cfg.batch_size, **prepared.solver)
+    images = sample_images(prepared.model, prepared.labels, prepared.size, **prepared.solver)
     names = [prepared.names[i] for i in prepared.labels]
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_picture(out, make_grid(images, cfg.columns, cfg.scale, names if cfg.names else None))
     kinds = list(dict.fromkeys(names))
     more = f" and {len(kinds) - 10} more" if len(kinds) > 10 else ""

