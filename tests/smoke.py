@@ -2,8 +2,8 @@
 
 Alone, or under torchrun:
 
-    python tests/smoke.py FOLDER
-    torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER
+    python tests/smoke.py FOLDER [PRESET ...]
+    torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER [PRESET ...]
 """
 import sys
 from pathlib import Path
@@ -35,6 +35,8 @@ def complete(out: Path, samples: Path) -> None:
 
 if __name__ == "__main__":
     with core.process_group("cpu"):         # one group for all: torchrun's store is not made for several
-        for i, preset in enumerate(config.PRESETS): smoke(preset, Path(sys.argv[1]), ("ddp", "fsdp")[i % 2])
+        folder, *presets = sys.argv[1:]
+        presets = presets or list(config.PRESETS)
+        for i, preset in enumerate(presets): smoke(preset, Path(folder), ("ddp", "fsdp")[i % 2])
     info = core.dist_info()
-    if info.rank == 0: print(f"{len(config.PRESETS)} presets, {info.world_size} processes")
+    if info.rank == 0: print(f"{len(presets)} presets, {info.world_size} processes")

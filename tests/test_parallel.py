@@ -17,6 +17,7 @@ from deco.core import read_tensors
 STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0",
          "--ema-decay", "0.99", "0.9"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SMOKE = Path(__file__).parent / "smoke.py"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -151,13 +152,15 @@ def test_init(straight, photos, tmp_path):
     assert "does not fit" in run(training, *start, "--out", tmp_path / "other", "--model", "deco-toy")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_smoke(processes, tmp_path):
-    "Every preset, shrunk: train, draw, save, resume, sample, evaluate within four steps."
-    script = Path(__file__).parent / "smoke.py"
-    if processes == 2: out = two(tmp_path, script=(str(script),))
-    else: out = alone(script, tmp_path)
-    assert f"{len(PRESETS)} presets, {processes} processes" in out
+def test_smoke_two(tmp_path):
+    "Every preset, shrunk: train, draw, save, resume, sample, evaluate within four steps, in two processes."
+    out = two(tmp_path, script=(str(SMOKE),))
+    assert f"{len(PRESETS)} presets, 2 processes" in out
+
+
+def test_smoke_one(tmp_path):
+    "The same alone, one preset of each kind."
+    assert "3 presets, 1 processes" in alone(SMOKE, tmp_path, "scenes", "deco-xl-512", "t2i-sft-512")
 
 
 def test_killed():
