@@ -24,7 +24,8 @@ class Config:
     size: int = setting(32, "data", "image size in pixels, a multiple of the model's patch size", AT_LEAST_1)
     flip: bool = setting(True, "data", "mirror half of the images, where the data allow it")
     workers: int = setting(0, "data",
-        "processes that read images, per training process; 0: it reads them itself", AT_LEAST_0)
+        "processes that read images, per training process; 0: it reads them itself; -1: by the cores",
+        ((lambda v: v >= -1), "at least -1"))
     max_bad: float = setting(0.01, "data", "share of unreadable images at which the run stops", SHARE)
     text: str = setting("", "data",
         "learn from captions: their language model, 'minilm', a folder or a hub id; empty: classes")
@@ -114,7 +115,7 @@ PRESETS = {
 }
 
 # %% ../nbs/22_config.ipynb #t010
-_PAPER = dict(data="data/imagenet/train", flip=False, workers=8, batch_size=256, lr=1e-4, beta2=0.999,
+_PAPER = dict(data="data/imagenet/train", flip=False, workers=-1, compile=True, batch_size=256, lr=1e-4, beta2=0.999,
               warmup=0.0, decay=0.0, grad_clip=math.inf, ema_decay=(0.9999,), repa="dinov2-b",
               precision="bf16", steps=50, guidance=3.2, sample_every=2_560_000, save_every=2_560_000,
               keep_every=25_600_000, log_every=50)
@@ -146,7 +147,7 @@ for _name, _stage in _STAGES.items(): PRESETS[_name] = _TEXT_TO_IMAGE | _stage
 for _name, _changes in PRESETS.items(): _changes["out"] = f"runs/{_name}"
 
 # %% ../nbs/22_config.ipynb #g016
-_SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, sample_every=32, save_every=32,
+_SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, compile=False, sample_every=32, save_every=32,
               log_every=1, steps=2, init="", repa_layer=1, device="cpu")
 
 def resolved(preset: str, smoke: bool = False) -> dict:

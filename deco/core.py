@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -127,13 +128,13 @@ def cache_path(root: str | Path, kind: str, key: str, suffix: str = ".safetensor
     return Path(root) / f"{kind}-{digest}{suffix}"
 
 # %% ../nbs/90_core.ipynb #k021
-def generator(*key, device: str = "cpu") -> torch.Generator:
+def generator(*key) -> torch.Generator:
     """Make a random generator that is a function of its key, e.g. generator("noise", seed, index).
 
-    What it draws is the same on every device of one kind (a GPU draws other numbers than a CPU).
+    It draws on the CPU: a GPU would draw other numbers.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 # %% ../nbs/90_core.ipynb #k031
 class DistInfo(NamedTuple):
@@ -157,11 +158,8 @@ def process_group(device: str, patience: timedelta = timedelta(hours=1)) -> Iter
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    backend = "gloo"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=patience)
+    if device.startswith("cuda"): torch.cuda.set_device(device)
+    dist.init_process_group(traits(device).backend, timeout=patience)
     try:
         yield
         dist.barrier()                          # leave together
@@ -200,6 +198,43 @@ def pick_device(name: str) -> str:
         raise ValueError(f"--device {name} is not to be had here ({first_line(e)}): "
                          "use --device auto") from None
     return name
+
+class Traits(NamedTuple):
+    """Tell how a kind of device is treated.
+
+    queues: it works behind a queue. slice_pixels: how many pixels a decoder takes at once where it works in
+    slices. frozen_dtype: of the weights of a language model. backend: of torch.distributed.
+    """
+    queues: bool
+    slice_pixels: int
+    frozen_dtype: torch.dtype
+    backend: str
+
+_TRAITS = dict(
+    cpu=Traits(False, 2**13, torch.float32, "gloo"),                    # a slice stays in the cache
+    mps=Traits(True, 2**18, torch.float32, "gloo"),
+    cuda=Traits(True, 2**18, torch.bfloat16, "cpu:gloo,cuda:nccl"))     # a slice keeps every core busy
+
+def traits(device: str | torch.device) -> Traits:
+    "Tell how a device is treated. What depends on the kind of device is decided here."
+    return _TRAITS.get(torch.device(device).type, _TRAITS["cuda"])
+
+@lru_cache(typed=True)
+def _constant(make, device, *args):
+    with torch.inference_mode(False): return make(*args).to(device)     # a later step may train with it
+
+def constant(make: Callable, *args, device: str | torch.device) -> Tensor:
+    """Give the tensor make(*args) on a device. It is made once, and nobody may change it."""
+    return _constant(make, str(device), *args)
+
+def reader_processes(workers: int) -> int:
+    """Say how many processes read images for this one; -1 stands for its share of the machine's cores.
+
+    One core stays with the process itself, and more than 16 readers help nobody.
+    """
+    if workers >= 0: return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(16, cores // int(os.getenv("LOCAL_WORLD_SIZE", 1)) - 1))
 
 def memory_mb(device: str) -> int:
     """Give the most memory that this process has held, in MB (2^20 bytes).

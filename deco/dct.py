@@ -12,6 +12,7 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .core import constant
 
 # %% ../nbs/01_dct.ipynb #c014
 _YCBCR = torch.tensor([[ 0.299,     0.587,     0.114   ],    # Y:  brightness
@@ -23,7 +24,7 @@ def rgb_to_ycbcr(x: Tensor) -> Tensor:
 
     x: (B, 3, H, W) in any range. Returns the same shape. Paper Eq. 10.
     """
-    return torch.einsum("kc,bchw->bkhw", _YCBCR.to(x), x)
+    return torch.einsum("kc,bchw->bkhw", constant(_YCBCR.clone, device=x.device).to(x.dtype), x)
 
 # %% ../nbs/01_dct.ipynb #c028
 def dct_matrix(n: int = 8) -> Tensor:
@@ -42,13 +43,13 @@ def block_dct(x: Tensor, n: int = 8) -> Tensor:
     H, W = x.shape[-2:]
     if H % n or W % n: x = F.pad(x, (0, -W % n, 0, -H % n), mode="reflect")
     blocks = x.unflatten(-1, (-1, n)).unflatten(-3, (-1, n)).transpose(-3, -2)   # (B, C, H/n, W/n, n, n)
-    D = dct_matrix(n).to(x)
+    D = constant(dct_matrix, n, device=x.device).to(x.dtype)
     return D @ blocks @ D.T
 
 # %% ../nbs/01_dct.ipynb #c041
 def block_idct(coefs: Tensor) -> Tensor:
     """Invert `block_dct`: (B, C, h, w, 8, 8) -> (B, C, 8h, 8w)."""
-    D = dct_matrix().to(coefs)
+    D = constant(dct_matrix, device=coefs.device).to(coefs.dtype)
     return (D.T @ coefs @ D).transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 # %% ../nbs/01_dct.ipynb #c044
@@ -66,7 +67,7 @@ def dct_spectrum(x: Tensor, n: int = 8) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         energy = block_dct(x.float(), n).square().mean((0, 2, 3))            # (C, n, n)
-    return energy.flatten(1)[:, zigzag(n).to(x.device)]
+    return energy.flatten(1)[:, constant(zigzag, n, device=x.device)]
 
 # %% ../nbs/01_dct.ipynb #c058
 # The tables of the standard (ITU T.81, annex K), first luma, then chroma.
@@ -124,5 +125,5 @@ def frequency_loss(pred: Tensor, target: Tensor, quality: int = 85, gamma: float
         raise ValueError(f"pred and target must have one shape, not {shapes}")
     with torch.autocast(pred.device.type, enabled=False):
         error = block_dct(rgb_to_ycbcr(pred.float() - target.float()))       # (B, 3, H/8, W/8, 8, 8)
-        w = jpeg_weights(quality, gamma).to(error.device)[:, None, None]     # (3, 1, 1, 8, 8)
-        return (w * error ** 2).mean()
+        w = constant(jpeg_weights, quality, gamma, device=error.device)      # (3, 8, 8)
+        return (w[:, None, None] * error ** 2).mean()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from .core import traits
 from .dit import linear_flops, modulate, recomputed, RMSNorm
 
 # %% ../nbs/04_decoder.ipynb #c008
@@ -108,8 +109,11 @@ class PixelDecoder(nn.Module):
         x = rearrange(pixels, "b n (h p w q) c -> (b n) (h w) (p q c)", **squares)    # (M, P*P, C)
         W, table = self.queries()
 
-        # On a CPU, in slices that stay in the cache. Pixels do not look at each other: only the time changes.
-        size = max(1, 2**13 // self.patch_size**2) if cond.device.type == "cpu" else len(cond)
+        # In slices, which is not seen in the result: pixels do not look at each other. On a CPU they stay in
+        # the cache; with recompute they bound what the backward pass holds at once.
+        device = traits(cond.device)
+        in_slices = self.recompute or not device.queues
+        size = max(1, device.slice_pixels // self.patch_size**2) if in_slices else len(cond)
         slices = zip(x.split(size), cond.split(size))
         out = [recomputed(self.recompute, self.decode, *inputs, W, table) for inputs in slices]
         return rearrange(torch.cat(out), "m (h w) (p q c) -> m (h p w q) c", **squares).view_as(pixels)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from .core import traits
 
 # %% ../nbs/03_dit.ipynb #c006
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -379,7 +380,7 @@ class DiT(nn.Module):
         elif y.ndim != 1:
             raise ValueError(f"y must be labels (B,), not {tuple(y.shape)}: "
                              "this model is not conditioned on text")
-        elif y.device.type == "cpu" and not 0 <= y.min() <= y.max() <= last:  # elsewhere it would cost a wait
+        elif not traits(y.device).queues and not 0 <= y.min() <= y.max() <= last:  # or it would cost a wait
             raise ValueError(f"a label lies outside 0..{last} (the last stands for no label): "
                              f"{y.unique().tolist()}")
 

@@ -8,11 +8,12 @@ __all__ = ['parameters', 'flops', 'flops_per_image', 'step_flops', 'activations'
 
 # %% ../nbs/13_plan.ipynb #p002
 import math
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from .config import parse
-from .core import ABOVE_0, check_settings, Parser, read_json, run_command, setting
+from .core import ABOVE_0, check_settings, Parser, read_json, run_command, setting, traits
 from .datasets import NAMED
 from .dit import DiT, linear_flops
 from .model import SIZES, build, model_args
@@ -48,14 +49,15 @@ def parameters(config: dict, ranks: int = 1) -> dict[str, int]:
     """Count the parameters on the fullest of `ranks` ranks, where FSDP deals out the rows of each.
 
     total = depth * block + rest. matrices: those of all ranks that are factors of products (autocast copies
-    them).
+    them), root_matrices: of these the ones outside of blocks.
     """
-    count = dict(block=0, rest=0, matrices=0)
+    count = dict(block=0, rest=0, matrices=0, root_matrices=0)
     for name, p in _bare(config).named_parameters():
         in_block = name.startswith("blocks.")                                           # all blocks are alike
         count["block" if in_block else "rest"] += math.ceil(len(p) / ranks) * p[0].numel()
         if p.ndim == 2 and not name.startswith("label_embed"):
             count["matrices"] += p.numel() * (config["depth"] if in_block else 1)
+            if not in_block: count["root_matrices"] += p.numel()
     return dict(total=config["depth"] * count["block"] + count["rest"]) | count
 
 # %% ../nbs/13_plan.ipynb #p013
@@ -119,8 +121,11 @@ def _block_activations(block, tokens, itemsize, text=0):
     cheap = tokens * (D * (12 * h + 8) + 3 * h * H) + 6 * D * h  # without the insides of norms and gates
     return cheap + attention + joint, 0
 
-def activations(config: dict, size: _Size, precision: str = "float32") -> tuple[dict[str, int], int]:
-    """Count the bytes that one image keeps for its backward pass, by part, and those made again at once.
+def activations(config: dict, size: _Size,
+                precision: str = "float32") -> tuple[dict[str, int], dict[str, int]]:
+    """Count the bytes that one image keeps for its backward pass, by part, and those made again, by piece.
+
+    A piece (a block, or the head) is made again at once, and its bytes are let go before the next one's.
 
     precision: "float32" or "bf16"; the numbers of a product have 4 or 2 bytes, what a norm makes has 4:
     CUDA's rules of autocast. A head counts its own. Raises ValueError as `flops` does, and for another
@@ -138,7 +143,8 @@ def activations(config: dict, size: _Size, precision: str = "float32") -> tuple[
         embedding += h * text * (model.config["text_width"] + 3 * D)
         blocks += sum(_block_activations(refining, text, h)[0] for refining in model.prompts.blocks)
     head, head_again = model.head.activations(tokens, h)
-    return dict(embedding=embedding, blocks=blocks, loss=8 * numbers, head=head), max(block_again, head_again)
+    kept = dict(embedding=embedding, blocks=blocks, loss=8 * numbers, head=head)
+    return kept, dict(block=block_again, head=head_again)
 
 # %% ../nbs/13_plan.ipynb #p033
 def memory(config: dict, size: _Size, images: int, *, precision: str = "float32", parallel: str = "ddp",
@@ -154,20 +160,30 @@ def memory(config: dict, size: _Size, images: int, *, precision: str = "float32"
     count = parameters(config, ranks)
     kept, again = activations(config, size, precision)
     model = _bare(config)
-    numbers = _token_count(model, size) * model.patch_embed.in_features        # of one picture
+    tokens = _token_count(model, size)
+    numbers = tokens * model.patch_embed.in_features                           # of one picture
 
-    whole = 2 * count["rest"] + 4 * count["block"]                             # what FSDP has gathered
-    if passes > 1: whole += count["total"]                                     # gradients until the last pass
+    # What FSDP has gathered: the root's weights and gradients; of two blocks the weights, of one the
+    # gradients, and once more as they are sent.
+    h = _PRECISIONS[precision]
+    whole = 8 * count["rest"] + (3 * h + 4) * count["block"]
+    if passes > 1: whole += 4 * count["total"]                                 # gradients until the last pass
     weights = 4 * count["total"]
+    copied = count["root_matrices" if parallel == "fsdp" and ranks > 1 else "matrices"]
+
+    # The decoder goes through its pixels in slices, and makes one slice again at a time.
+    slice_images = traits("cuda").slice_pixels / (tokens * model.patch_size**2)
+    again = max(images * again["block"], math.ceil(min(images, slice_images) * again["head"]))
     return {"weights": weights, "gradients": weights, "Adam's moments": 2 * weights, "EMA": weights * emas,
-            "gathered": 4 * ranks * whole if ranks > 1 else 0,
+            "gathered": ranks * whole if ranks > 1 else 0,
             "encoder": 4 * teacher_parameters,
-            "bf16 copies": 2 * count["matrices"] if precision == "bf16" else 0,
+            "bf16 copies": 2 * copied if precision == "bf16" else 0,
             "batch": images * 20 * numbers,  # data, noise, x_t, target, prediction
-            "activations": images * sum(kept.values()), "computed again": images * again}
+            "activations": images * sum(kept.values()), "computed again": again}
 
 # %% ../nbs/13_plan.ipynb #p037
-def communication(config: dict, *, parallel: str = "ddp", gpus: int = 1, passes: int = 1) -> dict[str, int]:
+def communication(config: dict, *, precision: str = "float32", parallel: str = "ddp", gpus: int = 1,
+                  passes: int = 1) -> dict[str, int]:
     """Count the bytes that each GPU sends (and receives) in one optimizer step, by collective, along a ring.
 
     DDP: one all-reduce of the gradients, 2 (n - 1)/n of their bytes. FSDP: in each of `passes` passes weights
@@ -177,20 +193,30 @@ def communication(config: dict, *, parallel: str = "ddp", gpus: int = 1, passes:
     count = parameters(config, gpus if parallel == "fsdp" else 1)
     share = 4 * (gpus - 1) / gpus                                                   # bytes of a number, sent
     if parallel == "ddp": return {"all-reduce": round(2 * share * count["total"])}
-    gathered = passes * (2 * count["total"] - count["rest"])
-    return {"all-gather": round(share * gpus * gathered),
+    in_blocks = count["total"] - count["rest"]
+    gathered = passes * (2 * _PRECISIONS[precision] * in_blocks + 4 * count["rest"])     # bytes
+    return {"all-gather": round(share / 4 * gpus * gathered),
             "reduce-scatter": round(share * gpus * count["total"])}
 
 # %% ../nbs/13_plan.ipynb #p046
+_GPUS = dict(a800=(312, 80), h100=(989, 80), h200=(989, 141), b200=(2250, 180))
+                                              # TFLOP/s in bf16 (dense) and GB, of NVIDIA's data sheets
 @dataclass
 class Machine:
     "What a run's machine is and does: the settings of `plan` that no formula gives."
     gpus: int = setting(1, "", "processes, one GPU each", ABOVE_0, metavar="N")
-    tflops: float = setting(125.0, "",
-                            "TFLOP/s that a GPU achieves: 0.4 of an A800's 312 in bf16, an assumption",
-                            ABOVE_0, metavar="N")
+    gpu: str = setting("a800", "", "kind of GPU (the paper's: a800)", tuple(_GPUS))
+    tflops: float | None = setting(
+        None, "", "TFLOP/s that it achieves (0.4 of its peak in bf16, an assumption)", ABOVE_0, type=float,
+        metavar="N")
     bandwidth: float = setting(100.0, "", "GB/s that a GPU sends: an assumption", ABOVE_0, metavar="N")
-    capacity: float = setting(80.0, "", "GB of a GPU's memory", ABOVE_0, metavar="N")
+    capacity: float | None = setting(None, "", "GB of its memory (that kind's)", ABOVE_0, type=float,
+                                     metavar="N")
+
+    def complete(self) -> "Machine":
+        "Give the machine with what its kind of GPU says where nothing else was said."
+        peak, capacity = _GPUS[self.gpu]
+        return replace(self, tflops=self.tflops or 0.4 * peak, capacity=self.capacity or capacity)
 
 def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch: int = 0,
          precision: str = "bf16", parallel: str = "ddp", emas: int = 1, teacher_parameters: int = 0,
@@ -198,13 +224,14 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
     """Count what a run costs: parameters, FLOPs, memory and communication of a GPU, seconds of a step, hours.
 
     batch_size: images per optimizer step, of all GPUs; images: of the whole run; micro_batch: per GPU and
-    pass (0: all at once); machine: gpus, tflops, bandwidth and capacity of `Machine`; the rest as in
+    pass (0: all at once); machine: gpus, gpu, tflops, bandwidth, capacity of `Machine`; the rest as in
     `memory`. Raises ValueError naming a flag without sense.
     """
     machine = Machine(**machine)
     if batch_size <= 0: raise ValueError(f"--batch-size must be above 0, not {batch_size}")
     if images <= 0: raise ValueError(f"--images must be above 0, not {images}")
     check_settings(machine)
+    machine = machine.complete()
     per_gpu, rest = divmod(batch_size, machine.gpus)
     if rest: raise ValueError(f"--batch-size {batch_size} must be a multiple of --gpus {machine.gpus}")
     micro = micro_batch or per_gpu
@@ -212,12 +239,12 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
         raise ValueError(f"--micro-batch {micro} must divide the {per_gpu} images of each GPU")
     ways = dict(parallel=parallel, gpus=machine.gpus, passes=per_gpu // micro)
 
-    # Memory of a GPU: what the first image needs, and how many more like the second fit beside it
+    # Memory of a GPU, and how many images fit
     def used(n):
         return memory(config, size, n, precision=precision, emas=emas,
                       teacher_parameters=teacher_parameters, **ways)
-    first, second = (sum(used(n).values()) for n in (1, 2))
-    largest = max(0, 1 + int((machine.capacity * 1e9 - first) // (second - first)))
+    def total(n): return sum(used(n).values())
+    largest = bisect_right(range(1, 2**20), machine.capacity * 1e9, key=total)
 
     # Time. Of the teacher: a forward pass, 2 FLOPs for each parameter and token
     model = _bare(config)
@@ -229,7 +256,8 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
                     recompute=model.config["recompute"])
     return settings | vars(machine) | ways | dict(
         steps=steps, parameters=parameters(config)["total"], flops=flops(config, size), step_flops=step,
-        memory=used(micro), largest=largest, communication=communication(config, **ways),
+        memory=used(micro), largest=largest,
+        communication=communication(config, precision=precision, **ways),
         seconds=seconds, hours=steps * seconds / 3600)
 
 # %% ../nbs/13_plan.ipynb #p047

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from .core import fill, read_checkpoint
+from .core import constant, fill, read_checkpoint
 from .metrics import default_weights, efficientnet_input, efficientnet_lite0, load_frozen
 
 # %% ../nbs/06_repa.ipynb #a019
@@ -70,13 +70,15 @@ class Encoder:
                          "nothing is cut to fit")
 
 # %% ../nbs/06_repa.ipynb #a030
+_IMAGENET = torch.tensor([[0.485, 0.456, 0.406],             # mean and deviation of its pixels
+                          [0.229, 0.224, 0.225]])
+
 def dino_input(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Bring images in [0, 1] (B, 3, H, W) to (B, 3, 14 h, 14 w) with ImageNet's mean and deviation.
 
     First normalised, then bicubic and not antialiased, as the authors do.
     """
-    rows = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-    mean, std = torch.tensor(rows, device=images.device).view(2, 3, 1, 1)
+    mean, std = constant(_IMAGENET.clone, device=images.device).view(2, 3, 1, 1)
     return F.interpolate((images - mean) / std, (14 * grid[0], 14 * grid[1]), mode="bicubic")
 
 def dino_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from .core import cache_path, first_line, progress, read_tensors, write_atomic
+from .core import cache_path, first_line, progress, read_tensors, traits, write_atomic
 from .dit import DiT
 from .model import sample_images
 
@@ -39,8 +39,7 @@ def language_model(name: str, device: str):
     if not sys.stderr.isatty(): logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        model = AutoModel.from_pretrained(name, dtype=dtype)
+        model = AutoModel.from_pretrained(name, dtype=traits(device).frozen_dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise FileNotFoundError(f"no language model {name} ({first_line(e)}): "
                                 "give 'minilm', a folder for transformers, or a hub id") from None

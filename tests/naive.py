@@ -13,16 +13,17 @@ def rms_norm(x, weight):
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
-def rotary(h, w, head_width):
+def rotary(h, w, head_width, device="cpu"):
     "Unit complex numbers (h*w, head_width/2): even pairs turn with x, odd ones with y."
-    freqs = 1 / 10000 ** (torch.arange(0, head_width, 4).float() / head_width)
-    y, x = torch.meshgrid(torch.linspace(0, 16, h), torch.linspace(0, 16, w), indexing="ij")
+    freqs = 1 / 10000 ** (torch.arange(0, head_width, 4, device=device).float() / head_width)
+    rows, columns = (torch.linspace(0, 16, n, device=device) for n in (h, w))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     angles = torch.stack([torch.outer(x.flatten(), freqs), torch.outer(y.flatten(), freqs)], -1).flatten(1)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, cis):
-    pairs = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous())          # (B, N, heads, hw/2)
+    pairs = torch.view_as_complex(torch.stack(x.float().chunk(2, -1), -1).contiguous())  # (B, N, heads, hw/2)
     turned = torch.view_as_real(pairs * cis[None, :, None])
     return torch.cat([turned[..., 0], turned[..., 1]], -1)
 
@@ -50,14 +51,14 @@ def block(p, x, c, cis, heads):
 
 
 def time_embedding(p, t):
-    freqs = torch.exp(-math.log(10) * torch.arange(128).float() / 128)
+    freqs = torch.exp(-math.log(10) * torch.arange(128, device=t.device).float() / 128)
     args = t[:, None] * freqs[None]
     h = F.silu(F.linear(torch.cat([args.cos(), args.sin()], -1), p["mlp.0.weight"], p["mlp.0.bias"]))
     return F.linear(h, p["mlp.2.weight"], p["mlp.2.bias"])
 
 
-def positions(P):
-    pos, f = torch.linspace(0, 1, P), torch.linspace(0, 8, 8)
+def positions(P, device="cpu"):
+    pos, f = torch.linspace(0, 1, P, device=device), torch.linspace(0, 8, 8, device=device)
     y, x = torch.meshgrid(pos, pos, indexing="ij")
     fx, fy = f[None, :, None], f[None, None, :]
     waves = torch.cos(torch.pi * x.reshape(-1, 1, 1) * fx) * torch.cos(torch.pi * y.reshape(-1, 1, 1) * fy)
@@ -68,7 +69,7 @@ def decoder(p, pixels, tokens, P):
     "pixels: (M, P*P, C); tokens: (M, D), one row a patch. Eqs. 7-9."
     M = len(pixels)
     d = p["input_proj.weight"].shape[0]
-    pos = positions(P)[None].repeat(M, 1, 1)
+    pos = positions(P, pixels.device)[None].repeat(M, 1, 1)
     h = F.linear(torch.cat([pixels, pos], -1), p["pixel_embed.weight"], p["pixel_embed.bias"])
     h = F.linear(h, p["input_proj.weight"], p["input_proj.bias"])
     cond = F.linear(tokens, p["cond_embed.weight"], p["cond_embed.bias"]).reshape(M, P * P, d)
@@ -96,7 +97,7 @@ def forward(p, config, x, t, y):
     time = time_embedding(sub(p, "time_embed"), t)[:, None]
     c = F.silu(time + p["label_embed.weight"][y][:, None])
     for i in range(config["depth"]):
-        tokens = block(sub(p, f"blocks.{i}"), tokens, c, rotary(h, w, D // heads), heads)
+        tokens = block(sub(p, f"blocks.{i}"), tokens, c, rotary(h, w, D // heads, x.device), heads)
     s = F.silu(tokens + time).reshape(B * h * w, D)
     v = decoder(sub(p, "head"), pixels.reshape(B * h * w, P * P, C), s, P)                  # (M, P*P, C)
     v = v.reshape(B, h * w, P * P, C).transpose(2, 3).reshape(B, h * w, -1).transpose(1, 2)
@@ -109,7 +110,7 @@ def ycbcr_dct(x):
     blue = -0.168736 * r - 0.331264 * g + 0.5 * b
     red = 0.5 * r - 0.418688 * g - 0.081312 * b
     x = torch.cat([luma, blue, red], 1)
-    n = torch.arange(8).float()
+    n = torch.arange(8, device=x.device).float()
     D = torch.cos(math.pi * (2 * n + 1) * n[:, None] / 16) / 2
     D[0] = 1 / math.sqrt(8)
     blocks = x.unfold(2, 8, 8).unfold(3, 8, 8).contiguous()
@@ -128,7 +129,7 @@ def euler(p, config, noise, y, steps, guidance, interval):
     "Euler with guidance; both passes at every step."
     x, null = noise, torch.full_like(y, config["num_classes"])
     for i in range(steps):
-        t = torch.full((2 * len(x),), i / steps)
+        t = torch.full((2 * len(x),), i / steps, device=x.device)
         u, v = forward(p, config, torch.cat([x, x]), t, torch.cat([null, y])).chunk(2)
         g = guidance if interval[0] < i / steps <= interval[1] else 1.0
         x = x + (u + g * (v - u)) / steps

@@ -1,29 +1,18 @@
 "Agreement with the authors' code, on the files of tests/golden, as close as a faithful implementation comes."
-from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 import deco
 from deco.core import parameter_count
 from deco.data import center_crop, to_tensor
 from deco.dct import block_dct, frequency_loss, jpeg_weights, rgb_to_ycbcr
 from deco.flow import logit_normal, sample
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def read(name: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+from oracle import GOLDEN, RUNS, golden, state
 
 
 @pytest.mark.parametrize("name", ["c2i", "baseline"])
 def test_velocity(name):
-    f = read(name)
+    f = golden(name)
     model = deco.load_official(state(f))
     for i in range(3):
         with torch.no_grad(): v = model(f[f"x{i}"], f[f"t{i}"], f[f"y{i}"])
@@ -32,24 +21,16 @@ def test_velocity(name):
 
 @pytest.mark.parametrize("ema, key", [(True, "v_ema"), (False, "v")])
 def test_lightning(ema, key):
-    f = read("lightning_tiny")
+    f = golden("lightning_tiny")
     model = deco.load_official(GOLDEN / "lightning_tiny.ckpt", ema=ema)
     with torch.no_grad(): v = model(f["x"], f["t"], f["y"])
     assert (v - f[key]).abs().max() < 1e-4
 
 
-RUNS = {"euler_nocfg": dict(steps=10),
-        "euler_cfg": dict(steps=10, guidance=3.2, interval=(0.1, 1.0)),
-        "euler_shift3": dict(steps=10, guidance=4.0, shift=3.0),
-        "heun_exact": dict(steps=5, guidance=2.0, solver="heun"),
-        "heun": dict(steps=5, guidance=2.0, solver="heun_fsal"),
-        "adam2": dict(steps=10, guidance=4.0, shift=3.0, solver="adams", order=2),
-        "adam3": dict(steps=10, guidance=2.0, solver="adams", order=3)}
-
 @pytest.mark.parametrize("name", RUNS)
 def test_samplers(name):
-    f = read("samplers")
-    model = deco.load_official(state(read("c2i")))
+    f = golden("samplers")
+    model = deco.load_official(state(golden("c2i")))
     times, states = [], []
     def note(i, t, x):
         times.append(t)
@@ -61,7 +42,7 @@ def test_samplers(name):
 
 
 def test_frequency_loss():
-    f = read("freq_loss")
+    f = golden("freq_loss")
     for q in (10, 50, 85, 95):
         for gamma in (0.5, 1.0):
             assert torch.allclose(jpeg_weights(q, gamma), f[f"weight.q{q}.gamma{gamma}"], rtol=1e-5)
@@ -74,10 +55,10 @@ def test_frequency_loss():
 
 
 def test_times_and_crop():
-    f = read("repa")
+    f = golden("repa")
     for shift in (1.0, 2.0, 4.0):
         assert torch.allclose(logit_normal(f["normal"], shift=shift), f[f"t_shift{shift}"], atol=1e-5)
-    f = read("adm_crop")
+    f = golden("adm_crop")
     for i, size in enumerate((32, 32, 64, 32)):
         cropped = center_crop(Image.fromarray(f[f"in{i}"].numpy()), size)
         assert torch.equal(to_tensor(cropped).permute(1, 2, 0), f[f"out{i}"])

@@ -11,9 +11,9 @@ import deco
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(p for p in (ROOT / "deco").glob("*.py") if not p.stem.startswith("_"))
 FLOORS = (                                  # a module imports modules of lower floors alone
-    ("core", "dct"),
-    ("data", "flow", "dit", "spectra"),
-    ("files", "shapes", "decoder", "metrics"),
+    ("core",),
+    ("data", "dct", "flow", "dit"),
+    ("files", "shapes", "decoder", "metrics", "spectra"),
     ("captions", "model"),
     ("datasets", "official", "hub", "text", "config", "repa"),
     ("plan", "sample"),
@@ -21,7 +21,7 @@ FLOORS = (                                  # a module imports modules of lower 
     ("ablate",),
 )
 EXCEPTION = ("model", "hub")                # a model publishes itself: it imports deco.hub when asked to
-BUDGET = 50_000                             # raise it by what a new capability needs, and say so
+BUDGET = 51_000                             # raise it by what a new capability needs, and say so
 
 
 def written(path: Path) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from deco.model import SIZES, build
+from deco.train import block_policy
 
 
 class Collectives(TorchDispatchMode):
@@ -38,7 +39,7 @@ def local_bytes(tensors) -> int:
     return sum(v.to_local().nbytes for v in tensors)
 
 
-def rehearse(config: dict, size: int, ranks: int) -> dict:
+def rehearse(config: dict, size: int, ranks: int, precision: str = "float32") -> dict:
     "Bytes of rank 0's weights, gradients and moments; of a step's collectives; beside the shards."
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     start = time.time()
@@ -48,10 +49,13 @@ def rehearse(config: dict, size: int, ranks: int) -> dict:
             model = build(config)
             grid = (size // model.patch_size,) * 2
             model.grid = lambda x, y: grid              # the real one looks at the labels' values
-            for part in (*model.blocks, model): fully_shard(part, mesh=mesh)
+            for block in model.blocks: fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))
+            fully_shard(model, mesh=mesh)
             x = torch.zeros(1, model.config["channels"], size, size)
             t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-            def backward(): model(x, t, y).square().mean().backward()
+            def backward():
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): v = model(x, t, y)
+                v.float().square().mean().backward()
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             with Collectives() as collectives: backward()
             optimizer.step()
@@ -77,12 +81,14 @@ def main():
     parser.add_argument("--depth", type=int, help="blocks (default: all)")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     args = parser.parse_args()
     config = SIZES[args.model] | dict(recompute="blocks")
     if args.depth: config["depth"] = args.depth
     for ranks in args.ranks:
-        setup = dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks)
-        print(json.dumps(setup | rehearse(config, args.size, ranks)))
+        setup = dict(model=args.model, depth=config["depth"], size=args.size, ranks=ranks,
+                     precision=args.precision)
+        print(json.dumps(setup | rehearse(config, args.size, ranks, args.precision)))
 
 
 if __name__ == "__main__": main()
