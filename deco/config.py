@@ -115,7 +115,8 @@ PRESETS = {
 }
 
 # %% ../nbs/22_config.ipynb #t010
-_PAPER = dict(data="data/imagenet/train", flip=False, workers=-1, compile=True, batch_size=256, lr=1e-4, beta2=0.999,
+_PAPER = dict(data="data/imagenet/train", flip=False, workers=-1, compile=True,
+              batch_size=256, lr=1e-4, beta2=0.999,
               warmup=0.0, decay=0.0, grad_clip=math.inf, ema_decay=(0.9999,), repa="dinov2-b",
               precision="bf16", steps=50, guidance=3.2, sample_every=2_560_000, save_every=2_560_000,
               keep_every=25_600_000, log_every=50)
@@ -147,7 +148,8 @@ for _name, _stage in _STAGES.items(): PRESETS[_name] = _TEXT_TO_IMAGE | _stage
 for _name, _changes in PRESETS.items(): _changes["out"] = f"runs/{_name}"
 
 # %% ../nbs/22_config.ipynb #g016
-_SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, compile=False, sample_every=32, save_every=32,
+_SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, compile=False,
+              sample_every=32, save_every=32,
               log_every=1, steps=2, init="", repa_layer=1, device="cpu")
 
 def resolved(preset: str, smoke: bool = False) -> dict:

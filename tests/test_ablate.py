@@ -38,7 +38,8 @@ def test_a_table(photos, tmp_path):
     for row in ("dit", "deco"):
         folder = tmp_path / "runs" / f"{row}-0"
         settings = json.loads((folder / "config.json").read_text())["train"]
-        assert all(settings[k] == v for k, v in ablate.ROWS[row].items()) and (folder / "samples.png").exists()
+        assert all(settings[k] == v for k, v in ablate.ROWS[row].items())
+        assert (folder / "samples.png").exists()
     assert (tmp_path / "data" / "table1.png").exists()
 
 

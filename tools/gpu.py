@@ -504,7 +504,8 @@ def part_whole(bench: Bench, note: Notes) -> None:
     shards(data, 16 if bench.tiny else 1024, size)
     arguments = ["--preset", "deco-l-256", "--data", data, "--data-root", bench.folder / "data",
                  "--size", size, "--images", images, "--device", bench.device.split(":")[0],
-                 "--log-every", 1, "--steps", 2, "--save-every", images // 2, "--sample-every", images, "--workers", 2]
+                 "--log-every", 1, "--steps", 2, "--save-every", images // 2, "--sample-every", images,
+                 "--workers", 2]
     if bench.tiny: arguments += ["--model", "deco-tiny", "--batch-size", 4, "--repa-layer", 1, "--no-compile"]
     else: arguments += ["--model-args", "depth=4", "--batch-size", 64, "--repa-layer", 2]
     if importlib.util.find_spec("timm"):
