@@ -189,13 +189,13 @@ def on_rank0(f: Callable):
 # %% ../nbs/90_core.ipynb #k041
 def pick_device(name: str) -> str:
     "Name a device that is there; 'auto' takes cuda, mps or cpu. Raises ValueError for one that is not."
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and dist_info().world_size > 1:
-        name = f"cuda:{dist_info().local_rank}"                             # a GPU for each process
+    if name == "cuda": name = f"cuda:{dist_info().local_rank}"              # a GPU for each process
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} is not to be had here ({first_line(e)}): "
+        raise ValueError(f"--device {asked} is not to be had here ({first_line(e)}): "
                          "use --device auto") from None
     return name
 

@@ -98,7 +98,8 @@ class PixelDecoder(nn.Module):
     def decode(self, pixels: Tensor, cond: Tensor, W: Tensor, table: Tensor) -> Tensor:
         "Pixels (M, P*P, C) and conditions (M, P*P*d), still without their bias, to velocities like pixels."
         h = F.linear(pixels, W) + table                                               # (M, P*P, d)
-        cond = F.silu(cond + self.cond_embed.bias).view_as(h)                         # (M, P*P, d)
+        bias = self.cond_embed.bias.to(cond.dtype)                                    # 16 bits under autocast
+        cond = F.silu(cond + bias).view_as(h)                                         # (M, P*P, d)
         for block in self.blocks: h = block(h, cond)
         return self.linear(F.layer_norm(h, h.shape[-1:], eps=1e-6))
 
@@ -139,7 +140,7 @@ class PixelDecoder(nn.Module):
         copied = itemsize < 4 or 1 < self.patch < self.patch_size  # else the DiT keeps them anyway
         colours = self.linear.out_features if copied else 0
         norm = 4 * d + 8  # input; mean and deviation
-        cond = 4 * d + itemsize * d * (len(self.blocks) if itemsize < 4 else 1)       # one for each block
+        cond = 2 * itemsize * d                                                       # before silu, and after
 
         # For each query. A block that adds keeps its MLP's three inputs; one that modulates, its factors too.
         block = norm + 3 * itemsize * d if self.blocks[0].adds else norm + 4 * d + 8 * itemsize * d

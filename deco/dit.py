@@ -41,9 +41,11 @@ class RMSNorm(nn.Module):
     def inverse(self, x: Tensor) -> Tensor:
         """Give 1 / sqrt(mean(x^2) + eps): (..., width) -> (..., 1).
 
-        By a vector's norm, which is one pass over x: to square and then to average would be two.
+        By a vector's norm, which is one pass over x: to square and then to average would be two. It is at
+        least float32 for any x: autocast sees to that on a CPU, and not on a GPU.
         """
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square() / x.shape[-1]
         return torch.rsqrt(mean_square + self.eps)
 
     def forward(self, x: Tensor) -> Tensor: return x * self.inverse(x) * self.weight

@@ -8,9 +8,12 @@ __all__ = ['FAMILY', 'SIZES', 'Pretrained', 'DeCo', 'PixNerd', 'Baseline', 'buil
 
 # %% ../nbs/05_model.ipynb #c002
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -124,11 +127,21 @@ def create(name: str, **overrides) -> DiT:
     except TypeError as e: raise ValueError(f"{name} with {overrides}: {str(e).split('() ')[-1]}") from None
 
 # %% ../nbs/05_model.ipynb #compile
+def _check_compiler(device):
+    "Raise ValueError where torch.compile would find nothing to compile with."
+    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
+    missing = ""
+    if device.type == "cuda" and not find_spec("triton"): missing = "Triton"
+    if device.type == "cpu" and not any(map(shutil.which, compilers)): missing = "a C++ compiler"
+    if missing: raise ValueError(f"--compile needs {missing}, which is not here: use --no-compile")
+
 def compile_parts(model: DiT) -> None:
     """Compile the blocks and the head of a model, in place; no parameter changes its name.
 
-    Each part is one graph, or the first call raises. It needs a C++ compiler on a CPU.
+    Each part is one graph, or the first call raises. Raises ValueError where there is no compiler: a GPU
+    takes Triton, a CPU one for C++.
     """
+    _check_compiler(next(model.parameters()).device)
     for part in (*model.blocks, model.head): part.compile(fullgraph=True)
 
 # %% ../nbs/05_model.ipynb #args

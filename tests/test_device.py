@@ -80,6 +80,16 @@ def test_compiling_needs_whole_graphs():
     assert asked == [dict(fullgraph=True)] * (len(model.blocks) + 1)
 
 
+def test_no_compiler_is_said_in_a_line(monkeypatch):
+    model = deco.create("deco-tiny", num_classes=10)
+    monkeypatch.setattr(deco.model.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="--compile needs a C.. compiler.*--no-compile"):
+        deco.model.compile_parts(model)
+    monkeypatch.setattr(deco.model, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--compile needs Triton"):
+        deco.model._check_compiler(torch.device("cuda"))
+
+
 # --- copies and waits: the loss on tensors that claim to lie on a GPU
 
 class Crossings(TorchDispatchMode):
@@ -170,6 +180,32 @@ def test_decoder_in_slices_of_a_gpu(monkeypatch):
         assert torch.allclose(v, want, atol=1e-6)
         for p, q in zip(plain.parameters(), again.parameters()):
             assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+
+
+# --- devices
+
+@pytest.mark.parametrize("local_rank", ["", "0", "3"])
+def test_every_process_names_its_gpu(local_rank, monkeypatch):
+    "Also the only one of torchrun: torch.cuda.set_device wants an index."
+    monkeypatch.setattr(torch, "zeros", lambda *args, **settings: None)
+    if local_rank: monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert deco.core.pick_device("cuda") == f"cuda:{local_rank or 0}"
+    assert deco.core.pick_device("cuda:1") == "cuda:1" and deco.core.pick_device("cpu") == "cpu"
+
+
+def test_the_message_names_what_was_asked():
+    with pytest.raises(ValueError, match="--device cuda:77 is not to be had"):
+        deco.core.pick_device("cuda:77")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_norm_is_not_rounded(dtype):
+    "CUDA's autocast leaves a vector's norm in bf16: 2^-9 off, and so would be the scale of a whole token."
+    x = torch.randn(5, 96, dtype=dtype)
+    got = deco.dit.RMSNorm(96).inverse(x)
+    want = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.allclose(got.double(), want, rtol=1e-6)
 
 
 # --- draws
