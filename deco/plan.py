@@ -10,6 +10,7 @@ __all__ = ['parameters', 'flops', 'flops_per_image', 'step_flops', 'activations'
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 import torch
 from .config import parse
@@ -22,14 +23,17 @@ from .model import SIZES, build, model_args
 _Size = int | tuple[int, int]                                     # pixels: a square's side, or (H, W)
 _PRECISIONS = {"float32": 4, "bf16": 2}                           # bytes of a number that goes into a product
 
+@lru_cache
+def _built(items):
+    with torch.device("meta"): return build(dict(items) | dict(depth=1))
+
 def _bare(config):
     """Build the model of a configuration with one block, on the meta device: shapes and no numbers.
 
     config: `DiT.config`, or a row of SIZES. Raises ValueError where it makes no model, or one
     whose head does not say what it costs.
     """
-    try:
-        with torch.device("meta"): model = build(config | dict(depth=1))
+    try: model = _built(tuple(sorted(config.items())))
     except TypeError as e:
         raise ValueError(f"no model has this configuration: {str(e).split('() ')[-1]}") from None
     if hasattr(model.head, "flops") and hasattr(model.head, "activations"): return model

@@ -208,7 +208,8 @@ def test_null_is_the_empty_prompt(tmp_path):
     losses = []
     for r, captions in ((a, data.captions[:32]), (b, [""] * 32)):
         r.prepare(data)
-        losses.append(training.update(r, pixels, captions, 0)[0]["mse"])
+        draws = training.noise_times_coins(cfg, 0, pixels.shape)
+        losses.append(training.update(r, pixels, captions, draws)[0]["mse"])
     assert losses[0] == losses[1]                            # with every caption dropped, no caption is heard
 
 
