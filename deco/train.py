@@ -655,9 +655,11 @@ def _with_draws(cfg, reading, first, threads=1, pin=False):
         draws = noise_times_coins(cfg, k + first, pixels.shape, threads)
         yield pixels, targets, [z.pin_memory() for z in draws] if pin else draws
 
-def _ahead(items: Iterator) -> Iterator:
-    "Give the same items; a thread makes the next one while the last one is used."
-    with ThreadPoolExecutor(1) as thread:
+def _ahead(items: Iterator, device: str) -> Iterator:
+    "Give the same items; a thread, on this device too, makes the next one while the last one is used."
+    def begin():
+        if device.startswith("cuda"): torch.cuda.set_device(device)      # a thread begins on the first GPU
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
             following = thread.submit(next, items, None)
@@ -691,7 +693,7 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
     reading = batches(data, cfg.seed, run.seen, cfg.images, cfg.batch_size, rank * share, share,
                       reader_processes(cfg.workers), cuda)
     ready = _with_draws(cfg, reading, rank * share, threads=4 if queues else 1, pin=cuda)
-    if queues: ready = _ahead(ready)                                     # the CPU is free meanwhile
+    if queues: ready = _ahead(ready, run.device)                         # the CPU is free meanwhile
     def comment(): return f"loss {row['loss']:.3f}"                      # asked for after a step
     steps = range(run.seen, cfg.images, cfg.batch_size)
     if rank == 0: steps = progress(steps, say=comment)

@@ -1,5 +1,6 @@
 "As a GPU would see it: graphs, copies and waits, counted on the CPU; the draws are the same everywhere."
 import math
+import threading
 from contextlib import contextmanager
 import pytest
 import torch
@@ -214,6 +215,20 @@ def test_draws_know_no_threads():
     cfg = Config()
     one, four = (noise_times_coins(cfg, 7, (16, 3, 8, 8), threads) for threads in (1, 4))
     assert all(map(torch.equal, one, four))
+
+
+def test_the_thread_ahead_is_on_its_own_gpu(monkeypatch):
+    "A new thread's device is the first GPU: page-locking there would open all processes' contexts on it."
+    said = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append((device, threading.get_ident())))
+    where = []
+    def items():
+        for k in range(3):
+            where.append(threading.get_ident())
+            yield k
+    assert list(training._ahead(items(), "cuda:5")) == [0, 1, 2]
+    assert said == [("cuda:5", where[0])] and threading.get_ident() not in where
+    assert list(training._ahead(items(), "cpu")) == [0, 1, 2] and len(said) == 1
 
 
 def test_a_thread_that_fails_is_heard(monkeypatch):
