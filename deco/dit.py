@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         """Give 1 / sqrt(mean(x^2) + eps): (..., width) -> (..., 1).
 
         By a vector's norm, which is one pass over x: to square and then to average would be two. It is at
-        least float32 for any x: autocast sees to that on a CPU, and not on a GPU.
+        least float32 for any x, as under autocast, also where a model is bf16 itself.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square() / x.shape[-1]

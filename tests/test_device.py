@@ -201,7 +201,7 @@ def test_the_message_names_what_was_asked():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_norm_is_not_rounded(dtype):
-    "CUDA's autocast leaves a vector's norm in bf16: 2^-9 off, and so would be the scale of a whole token."
+    "Also of a bf16 tensor without autocast: 2^-9 off would be the scale of a whole token."
     x = torch.randn(5, 96, dtype=dtype)
     got = deco.dit.RMSNorm(96).inverse(x)
     want = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
