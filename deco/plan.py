@@ -192,19 +192,20 @@ def communication(config: dict, *, precision: str = "float32", parallel: str = "
 
     DDP: one all-reduce of the gradients, 2 (n - 1)/n of their bytes. FSDP: in each of `passes` passes weights
     all-gathered for forward and backward (the root's once), in the last one gradients reduce-scattered; (n -
-    1)/n of the bytes each, rows padded.
+    1)/n of the bytes each, rows padded. precision: "bf16" halves what FSDP gathers of the blocks.
     """
     count = parameters(config, gpus if parallel == "fsdp" else 1)
-    share = 4 * (gpus - 1) / gpus                                                   # bytes of a number, sent
-    if parallel == "ddp": return {"all-reduce": round(2 * share * count["total"])}
+    share = (gpus - 1) / gpus                                                       # of what is sent around
+    if parallel == "ddp": return {"all-reduce": round(2 * share * 4 * count["total"])}
     in_blocks = count["total"] - count["rest"]
     gathered = passes * (2 * _PRECISIONS[precision] * in_blocks + 4 * count["rest"])     # bytes
-    return {"all-gather": round(share / 4 * gpus * gathered),
-            "reduce-scatter": round(share * gpus * count["total"])}
+    return {"all-gather": round(share * gpus * gathered),
+            "reduce-scatter": round(share * gpus * 4 * count["total"])}
 
 # %% ../nbs/13_plan.ipynb #p046
+# TFLOP/s in bf16 (dense) and GB, of NVIDIA's data sheets
 _GPUS = dict(a800=(312, 80), h100=(989, 80), h200=(989, 141), b200=(2250, 180))
-                                              # TFLOP/s in bf16 (dense) and GB, of NVIDIA's data sheets
+
 @dataclass
 class Machine:
     "What a run's machine is and does: the settings of `plan` that no formula gives."

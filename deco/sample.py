@@ -162,7 +162,7 @@ class Drawing:
     batch_size: int = setting(64, _DRAWN, "images at a time", AT_LEAST_1)
     device: str = setting("auto", _DRAWN, "'auto' (cuda, mps or cpu), or a name such as cuda:1")
     compile: bool = setting(
-        False, _DRAWN, "torch.compile the model's parts: a minute at first, then faster; pays for thousands")
+        False, _DRAWN, "torch.compile the model's parts: slow to start, then faster; needs a compiler")
     steps: int = setting(50, _SOLVED, "steps of the solver")
     solver: str = setting(
         "euler", _SOLVED, "euler, adams, heun_fsal: one evaluation a step; heun: two", SOLVERS)
@@ -276,10 +276,11 @@ def prepare(drawing: Drawing) -> Prepared:
                     classes=[names[i] for i in chosen], size=size, batch_size=drawing.batch_size, **solver,
                     weak=file_hash(run_folder(drawing.weak) / "model.safetensors") if weak else None)
     if text: settings["negative"] = drawing.negative
-    solver |= dict(seed=drawing.seed, batch_size=drawing.batch_size, weak=weak.to(device) if weak else None)
-    solver |= text
-    if drawing.compile: compile_parts(model)
-    return Prepared(model.to(device), info, names, labels, size, solver, settings)
+    for net in filter(None, (model, weak)):
+        net.to(device)
+        if drawing.compile: compile_parts(net)
+    solver |= dict(seed=drawing.seed, batch_size=drawing.batch_size, weak=weak) | text
+    return Prepared(model, info, names, labels, size, solver, settings)
 
 # %% ../nbs/08_sample.ipynb #p006
 def write_set(prepared: Prepared, out: Path) -> str:

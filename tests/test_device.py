@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 import deco
+from deco import sample as sampling
 from deco import train as training
 from deco.config import Config
 from deco.core import _constant
@@ -89,6 +90,15 @@ def test_no_compiler_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(deco.model, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--compile needs Triton"):
         deco.model._check_compiler(torch.device("cuda"))
+
+
+def test_drawing_compiles_where_it_draws(monkeypatch):
+    "The model and the weaker one, each after it has come to its device."
+    seen = []
+    monkeypatch.setattr(sampling, "compile_parts", lambda m: seen.append(next(m.parameters()).device.type))
+    monkeypatch.setattr(sampling, "pick_device", lambda name: "meta")
+    prepared = sampling.prepare(sampling.Sampling(run="openmoji-toy", weak="openmoji-toy", compile=True))
+    assert seen == ["meta", "meta"] and prepared.solver["weak"] is not None
 
 
 # --- copies and waits: the loss on tensors that claim to lie on a GPU

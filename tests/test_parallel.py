@@ -86,6 +86,15 @@ def test_same_losses(straight, photos, tmp_path):
     for other in (straight / "two", tmp_path / "fsdp", tmp_path / "passes"): close(straight / "one", other)
 
 
+def test_fsdp_in_bf16(straight, photos, tmp_path):
+    "Weights gathered in 16 bits, gradients summed in 32: near to one process's float32 (8 bits: 0.4 %)."
+    steps = [*STEPS, "--data", photos, "--images", 480]
+    two(*steps, "--parallel", "fsdp", "--precision", "bf16", "--out", tmp_path / "run")
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(rows(straight / "one"), rows(tmp_path / "run"))]
+    assert len(pairs) == 30 and max(abs(a / b - 1) for a, b in pairs) < 2**-8
+    assert all(p.dtype == torch.float32 for p in tensors(tmp_path / "run").values())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_one(straight, photos, tmp_path, workers):
     "15 + 15 steps are 30 steps, bit for bit, whoever reads the images."

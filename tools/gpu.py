@@ -1,4 +1,4 @@
-"""What has to be known of `deco` on a GPU, measured in eight minutes, without a network and without data.
+"""What has to be known of `deco` on a GPU, in at most eight minutes, without a network and without data.
 
     python tools/gpu.py                        all parts; gpu/gpu.json and gpu/gpu.md say what was found
     python tools/gpu.py --rehearse             the same code on the CPU at tiny sizes, in three minutes
@@ -43,7 +43,8 @@ from deco.model import compile_parts
 from deco.plan import memory, step_flops
 from deco.train import Run, ema_update, noise_times_coins, train, update
 from oracle import RUNS, golden, state
-from speed import peak_bytes
+from speed import fill_zeros, peak_bytes
+from speed import stepper as optimizer_step
 
 TOTAL = 480                                                     # seconds, all parts
 
@@ -109,16 +110,9 @@ class Bench:
         return 2 * n**3 / min(self.clock(lambda: a @ a) for _ in range(6))
 
 
-def filled(model):
-    "Give the zero-initialised parameters values, so that nothing is skipped by luck."
-    for p in model.parameters():
-        if not p.any(): torch.nn.init.normal_(p, std=0.02)
-    return model
-
-
 def on(device: str, name: str, **arguments):
     "A model with random weights on a device."
-    with torch.device(device): return filled(deco.create(name, **arguments))
+    with torch.device(device): return fill_zeros(deco.create(name, **arguments))
 
 
 # --- 1: is it correct?
@@ -205,7 +199,7 @@ def part_golden(bench: Bench, note: Notes) -> None:
 
     with note.attempt("seeded images"):
         torch.manual_seed(0)
-        model = filled(deco.create("deco-tiny", num_classes=10))
+        model = fill_zeros(deco.create("deco-tiny", num_classes=10))
         here = deco.sample_images(model, [0, 1, 2], 32, steps=8, guidance=2.0)
         there = deco.sample_images(model.to(device), [0, 1, 2], 32, steps=8, guidance=2.0)
         off = (here - there).abs().max().item()
@@ -260,12 +254,10 @@ def ours(bench: Bench, model, x, noise, t, y):
 
 def stepper(model, loss):
     "A whole training step with AdamW and one average. Gradients stay allocated."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    learn = optimizer_step(loss, model, fused=True)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     def step():
-        optimizer.zero_grad(set_to_none=False)
-        loss().backward()
-        optimizer.step()
+        learn()
         ema_update(ema, model, 0.9999, 100)
     return step
 

@@ -68,7 +68,7 @@ def matmul_rate(n: int = 4096) -> float:
 
 def fill_zeros(model):
     "Give the zero-initialised parameters values, so that nothing is skipped by luck."
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for p in model.parameters():
         if not p.any(): p.data.normal_(std=0.02, generator=g)
     return model
