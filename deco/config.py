@@ -20,6 +20,8 @@ class Config:
     # what is learned from
     data: str = setting("openmoji", "data",
         "'openmoji', 'cifar10', 'scenes', or a path: images (sub-folders: classes), tars, parquet")
+    one_class: bool = setting(False, "data", "folders and labels are no classes: all images are of one")
+    upright: bool = setting(True, "data", "turn pictures as their EXIF says (ADM's loader does not)")
     data_root: str = setting("data", "data", "where named data sets and indices are kept")
     size: int = setting(32, "data", "image size in pixels, a multiple of the model's patch size", AT_LEAST_1)
     flip: bool = setting(True, "data", "mirror half of the images, where the data allow it")
@@ -115,7 +117,7 @@ PRESETS = {
 }
 
 # %% ../nbs/22_config.ipynb #t010
-_PAPER = dict(data="data/imagenet/train", flip=False, workers=-1, compile=True,
+_PAPER = dict(data="data/imagenet/train", flip=False, upright=False, workers=-1, compile=True,
               batch_size=256, lr=1e-4, beta2=0.999,
               warmup=0.0, decay=0.0, grad_clip=math.inf, ema_decay=(0.9999,), repa="dinov2-b",
               precision="bf16", steps=50, guidance=3.2, sample_every=2_560_000, save_every=2_560_000,

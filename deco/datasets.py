@@ -6,14 +6,21 @@
 __all__ = ['NAMED', 'Named', 'load_data', 'open_data', 'examples']
 
 # %% ../nbs/23_datasets.ipynb #d002
+import io
+import pickle
+import re
+import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import torch
 from torch import Tensor
-from .captions import Captioned, parquet_to_tars
-from .data import cifar10, Dataset, image_folder, Images, openmoji
-from .files import Files
+from .captions import Captioned
+from .core import first_line
+from .data import center_crop, cifar10, Dataset, Images, openmoji, to_image, to_tensor
+from .files import Files, load_all
 from .shapes import scenes
 
 # %% ../nbs/23_datasets.ipynb #d010
@@ -24,14 +31,74 @@ class Named(NamedTuple):
 
 NAMED = {"openmoji": Named(openmoji, 10), "cifar10": Named(cifar10, 10), "scenes": Named(scenes, 6)}
 
-def load_data(name: str, size: int, root: str | Path = "data") -> Images:
-    """Load a data set into memory, at size x size pixels: a name of `NAMED`, or the path of an image folder.
+def load_data(name: str, size: int, root: str | Path = "data", upright: bool = True) -> Images:
+    """Load a data set into memory, at size x size pixels: a name of `NAMED`, or whatever `open_data` opens.
 
-    Raises FileNotFoundError, or ValueError naming what is wrong.
+    Pictures that can't be read are skipped, with a warning for each. upright: turned as EXIF says. Raises
+    FileNotFoundError, or ValueError naming what is wrong.
     """
-    if size < 1: raise ValueError(f"size must be at least 1 pixel, not {size}")
-    if name in NAMED: return NAMED[name].load(size, root)
-    return image_folder(name, size)
+    data = open_data(name, size, root, upright=upright)
+    return data if isinstance(data, Images) else load_all(data)
+
+# %% ../nbs/23_datasets.ipynb #cf01
+_CIFAR = re.compile(r"cifar-(10|100)-(batches-py|batches-bin|python|binary)(\.tar\.gz|\.tgz|\.tar)?")
+_CIFAR_FILES = re.compile(r"(data_batch_\d+|train)(\.bin)?|(batches\.)?meta(\.txt)?|fine_label_names\.txt")
+_PLAIN = ("multiarray._reconstruct", "multiarray.scalar", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+
+class _PlainUnpickler(pickle.Unpickler):
+    "Read a pickle of arrays, lists and dictionaries; refuse whatever else it names."
+    def find_class(self, module, name):
+        core = re.fullmatch(r"numpy\._?core\.(multiarray)", module)
+        if f"{core[1] if core else module}.{name}" in _PLAIN: return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and code is never run")
+
+def is_cifar(path: str | Path) -> bool:
+    "Is this one of CIFAR's archives, or the folder that was in it?"
+    return bool(_CIFAR.fullmatch(Path(path).name)) and Path(path).exists()
+
+def _cifar_contents(path):
+    "Read the training files and the names of the classes from an archive of CIFAR or its folder."
+    def wanted(name): return _CIFAR_FILES.fullmatch(Path(name).name)
+    if path.is_dir(): return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if wanted(p.name)}
+    with tarfile.open(path) as tar:
+        members = [m for m in tar.getmembers() if m.isreg() and wanted(m.name)]
+        return {Path(m.name).name: tar.extractfile(m).read() for m in members}
+
+def _cifar_pixels(name, content, labels_before):
+    "Give pixels (n, 3072) and labels (n,) of a training file."
+    if name.endswith(".bin"):
+        rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, labels_before + 3072)
+        return rows[:, labels_before:], rows[:, labels_before - 1]
+    values = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+    return values[b"data"], np.array(values.get(b"fine_labels", values.get(b"labels")))
+
+def cifar_archive(path: str | Path, size: int = 32) -> Images:
+    """Load the training images of CIFAR-10 or CIFAR-100 from their authors' archive, packed or unpacked.
+
+    Raises ValueError naming a file that is damaged, or that holds code.
+    """
+    path = Path(path)
+    hundred = _CIFAR.fullmatch(path.name)[1] == "100"
+    pixels, labels, names = [], [], []
+    name = ""
+    try:
+        for name, content in sorted(_cifar_contents(path).items()):
+            if name.endswith(".txt"): names = content.decode().split()
+            elif "meta" in name:
+                values = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+                names = [n.decode() for n in values[b"fine_label_names" if hundred else b"label_names"]]
+            else:
+                x, y = _cifar_pixels(name, content, 2 if hundred else 1)
+                pixels.append(torch.tensor(x, dtype=torch.uint8).view(-1, 3, 32, 32))
+                labels.append(torch.tensor(y, dtype=torch.long).view(len(x)))
+        pixels, labels = torch.cat(pixels), torch.cat(labels)
+        names = names or list(map(str, range(int(labels.max()) + 1)))
+        captions = [names[k] for k in labels.tolist()]
+    except Exception as e:                                      # a damaged pickle or archive can raise anything
+        raise ValueError(f"{path / name if path.is_dir() else path} can't be read as CIFAR's "
+                         f"({first_line(e)}): fetch it again") from None
+    if size != 32: pixels = torch.stack([to_tensor(center_crop(to_image(x), size)) for x in pixels])
+    return Images(pixels, labels, names, captions, torch.full((len(pixels),), True))
 
 # %% ../nbs/23_datasets.ipynb #d019
 class CaptionedImages(Images):
@@ -40,19 +107,25 @@ class CaptionedImages(Images):
 
 # %% ../nbs/23_datasets.ipynb #d020
 def open_data(name: str | Path, size: int, root: str | Path = "data", flip: bool = True,
-              max_bad: float = 0.01, captions: bool = False) -> Dataset:
-    """Open a data set, at size x size pixels: a name of `NAMED` in memory, a folder or tar shards lazily.
+              max_bad: float = 0.01, captions: bool = False, upright: bool = True, one_class: bool = False,
+              seed: int = 0) -> Dataset:
+    """Open a data set, at size x size pixels: a name of `NAMED` or CIFAR's archive in memory, the rest lazily.
 
-    name: also a glob or a pattern x-{000..146}.tar. captions: captions are the targets, and parquet will do.
-    flip: may images be mirrored where the data allow it? max_bad: share of unreadable images that is borne.
-    Raises FileNotFoundError, or ValueError naming what is wrong.
+    name: a folder, tar shards, parquet files; also a glob or a pattern x-{000..146}.tar. captions: they are
+    the targets; `seed` chooses among several of a picture. flip: may images be mirrored where the data allow
+    it? max_bad: share of unreadable images that is borne. upright: turned as EXIF says. one_class: folders
+    and labels are no classes. Raises FileNotFoundError, or ValueError naming what is wrong.
     """
-    if str(name) in NAMED:
-        images = load_data(str(name), size, root)
+    if size < 1: raise ValueError(f"size must be at least 1 pixel, not {size}")
+    if not str(name).strip(): raise ValueError("--data '' names nothing: give a folder, files or a name")
+    named = NAMED.get(str(name))
+    if named or is_cifar(name):
+        images = named.load(size, root) if named else cifar_archive(name, size)
         images.can_flip &= flip
+        if one_class: images = replace(images, labels=torch.zeros_like(images.labels), classes=["all"])
         return CaptionedImages(**vars(images)) if captions else images
-    if captions: return Captioned(parquet_to_tars(name, root), size, root, flip, max_bad)
-    return Files(name, size, root, flip, max_bad)
+    if captions: return Captioned(name, size, root, flip, max_bad, upright, seed)
+    return Files(name, size, root, flip, max_bad, upright, one_class)
 
 def examples(data: Dataset, n: int) -> list[str]:
     "Give n captions from all over data of captions, for pictures of samples; '' where none can be read."

@@ -20,10 +20,12 @@ from PIL import Image
 from torch import Tensor
 from . import __version__
 from .core import (AT_LEAST_4, cell, check_settings, command_line, dist_info, flag, memory_mb, page,
-                       parse_settings, Parser, pick_device, read_json, read_report, run_command, setting,
-                       table, write_figure, write_picture, write_text)
-from .data import list_images, make_grid, read_image
-from .datasets import load_data
+                       parse_settings, Parser, pick_device, read_json, read_report, reader_processes, run_command,
+                       setting, table, write_figure, write_picture, write_text)
+from .config import Config
+from .data import Images, list_images, make_grid, read_image
+from .datasets import is_cifar, NAMED, open_data
+from .files import find_shards, InOrder
 from .metrics import compare, image_batches, load_extractor, reference_statistics, statistics
 from .model import run_folder
 from .sample import Drawing, image_path, prepare, write_set
@@ -56,21 +58,37 @@ def open_samples(path: Path) -> tuple[Path | ImageFiles, dict]:
     settings = read_json(settings_file) if settings_file.exists() else {}
     return ImageFiles(files, size) if files else path, settings | dict(samples=str(path), size=size)
 
-def open_reference(name: str, info: dict, size: int) -> tuple[Tensor | Path | ImageFiles, str, Tensor | None]:
-    """Open what --reference names: the images, their name in the report, their labels (M,) if they are known.
-
-    "data" is the training set of the run whose config.json is `info`. A folder's images are cropped to size.
-    Raises ValueError where the run names no data.
-    """
-    if name != "data":
-        path = Path(name)
-        return ImageFiles(list_images(path), size) if path.is_dir() else path, name, None
+def _training_data(info, size):
+    "Open the data of a run as it read them. Raises ValueError where its config.json names none."
     train = info.get("train")
     if not train:
         raise ValueError("--reference data needs a run whose config.json names its data: "
                          "give a file or folder")
-    data = load_data(train["data"], size, train["data_root"])
-    return data.pixels, f"training data: {train['data']}", data.labels
+    own = Config(**{f.name: train[f.name] for f in fields(Config) if f.name in train})
+    name, elsewhere = own.data, info.get("source")                     # a path may be relative
+    if elsewhere and not os.path.exists(name) and (os.path.exists(elsewhere) or find_shards(elsewhere)):
+        name = elsewhere
+    upright = train.get("upright", False)                              # older runs turned nothing
+    return open_data(name, size, own.data_root, False, own.max_bad, bool(own.text), upright, own.one_class,
+                     own.seed)
+
+def open_reference(name: str, info: dict, size: int, upright: bool = True,
+                   root: str | Path = "data") -> tuple[Tensor | Path | InOrder, str, Tensor | None]:
+    """Open what --reference names: the images, their name in the report, their labels (M,) if they are known.
+
+    "data" is the training set of the run whose config.json is `info`, read as the run reads it; all that
+    `open_data` opens will do, and files of images or statistics. A picture that can't be read is skipped.
+    upright: turned as EXIF says; root: where indices are kept. Raises ValueError where the run names no data.
+    """
+    path = Path(name)
+    is_data = name in NAMED or path.is_dir() or find_shards(name) or is_cifar(path)
+    if name != "data" and not is_data: return path, name, None         # of images or statistics
+    if name == "data": data = _training_data(info, size)
+    else: data = open_data(name, size, root, upright=upright)
+    title = f"training data: {info['train']['data']}" if name == "data" else name
+    labels = data.labels if name == "data" else None
+    if isinstance(data, Images): return data.pixels, title, labels
+    return InOrder(data, workers=reader_processes(-1) if len(data) > 2000 else 0), title, labels
 
 # %% ../nbs/10_evaluate.ipynb #97faa424
 @contextmanager
@@ -189,7 +207,9 @@ class Evaluation(Drawing):
         None, "", "two reports side by side: runs, or their folders", nargs=2, metavar=("A", "B"))
     out: str = setting("", "", "folder of the report (default: RUN/evaluation; of a comparison: comparison)")
     reference: str = setting(
-        "data", "", "'data': the training images, not mirrored; a file; a folder", metavar="PATH")
+        "data", "", "'data': the training images, not mirrored; a file; all that --data takes", metavar="PATH")
+    upright: bool = setting(
+        True, "", "turn the pictures of another --reference as their EXIF says (ADM does not)")
     extractor: str = setting(
         "inception", "", "inception: as papers do, downloaded once; efficientnet-lite0: no download; "
         "classifier: fast, for 32 pixels", ("inception", "efficientnet-lite0", "classifier"))
@@ -203,7 +223,8 @@ class Evaluation(Drawing):
         return Path("comparison") if self.compare else Path(self.run) / "evaluation"
 
 # %% ../nbs/10_evaluate.ipynb #q003
-_MEASURING = "run", "samples", "out", "reference", "extractor", "extractor_weights", "batch_size", "device"
+_MEASURING = ("run", "samples", "out", "reference", "upright", "extractor", "extractor_weights", "batch_size",
+              "device")
 
 def check_evaluation(cfg: Evaluation) -> None:
     "Check the settings of an evaluation. Raises ValueError for one that makes no sense, or would be ignored."
@@ -229,7 +250,7 @@ def load_reference(cfg: Evaluation, info: dict, size: int, seconds: dict) -> Ref
     with timed(seconds, "load the extractor"):
         extractor = load_extractor(cfg.extractor, cfg.extractor_weights or None, pick_device(cfg.device))
     with timed(seconds, "features of the reference"):
-        images, name, labels = open_reference(cfg.reference, info, size)
+        images, name, labels = open_reference(cfg.reference, info, size, cfg.upright, cfg.folder)
         real = reference_statistics(images, extractor, cfg.folder / "reference.safetensors", cfg.batch_size)
     if real["count"] is not None and real["count"] < 4:
         raise ValueError(f"the reference {name} has {real['count']} images: "

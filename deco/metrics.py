@@ -9,6 +9,7 @@ __all__ = ['Extractor', 'Classifier', 'load_extractor', 'Moments', 'frechet_dist
 
 # %% ../nbs/09_metrics.ipynb #c003
 import hashlib
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -342,26 +343,91 @@ def image_batches(source: ImageSet, size: int = 100) -> Iterator[Tensor]:
     if shape is None: raise ValueError("no images: the set is empty")
 
 # %% ../nbs/09_metrics.ipynb #c063
-def statistics(images: ImageSet, extractor: Extractor, batch_size: int = 100) -> dict:
+_KEPT = 50_000                                                           # single features; papers look at so many
+
+class _Gathered:
+    "What has been gathered of a set so far: moments, spectrum, and the features of every `stride`-th image."
+    def __init__(self):
+        self.count, self.stride = 0, 1
+        self.pooled = self.spatial = None
+        self.features, self.logits = [], []
+        self.spectrum = torch.zeros(2, 3, 64, dtype=torch.float64)
+
+    def add(self, x: Tensor, extractor: Extractor) -> None:
+        "Take in images (B, 3, H, W)."
+        out = extractor(x)
+        if self.pooled is None:
+            self.pooled, self.spatial = (Moments(out[k].shape[1]) for k in ("features", "spatial"))
+        self.pooled.update(out["features"])
+        self.spatial.update(out["spatial"])
+        self.spectrum += len(x) * spectrum(x)
+        first = -self.count % self.stride
+        self.features.append(out["features"][first::self.stride])
+        self.logits.append(out["logits"][first::self.stride])
+        self.count += len(x)
+        if self.count <= _KEPT * self.stride: return
+        self.stride *= 2                                                 # every other of those that are kept
+        self.features = [torch.cat(self.features)[::2].clone()]
+        self.logits = [torch.cat(self.logits)[::2].clone()]
+
+    def tensors(self) -> dict:
+        "Give all of it, to be kept in a file."
+        parts = dict(features=torch.cat(self.features), logits=torch.cat(self.logits), spectrum=self.spectrum)
+        for name, moments in (("pooled", self.pooled), ("spatial", self.spatial)):
+            parts |= {f"{name}.mean": moments.mean, f"{name}.cross": moments.cross}
+        return parts
+
+    def restore(self, count: int, stride: int, parts: dict) -> "_Gathered":
+        "Go back to what `tensors` gave after so many images."
+        self.count, self.stride = count, stride
+        self.features, self.logits, self.spectrum = [parts["features"]], [parts["logits"]], parts["spectrum"]
+        self.pooled, self.spatial = Moments(0), Moments(0)
+        for name, moments in (("pooled", self.pooled), ("spatial", self.spatial)):
+            moments.count, moments.mean, moments.cross = count, parts[f"{name}.mean"], parts[f"{name}.cross"]
+        return self
+
+def _unfinished(path, key):
+    "Read what was gathered until a stop; nothing, where the file is missing or of other images."
+    try:
+        with safe_open(path, "pt") as f:
+            notes = f.metadata()
+            if notes["key"] != key: return _Gathered()
+            parts = {k: f.get_tensor(k) for k in f.keys()}
+            return _Gathered().restore(int(notes["count"]), int(notes["stride"]), parts)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError): return _Gathered()
+
+def statistics(images: ImageSet, extractor: Extractor, batch_size: int = 100, unfinished: Path | None = None,
+               key: str = "") -> dict:
     """Gather all that the metrics need of a set of images, in one pass.
 
     count, mu (D,), sigma (D, D), mu_s (S,), sigma_s (S, S), features (N, D), logits (N, K), spectrum
-    (2, 3, 64), and the extractor's label. Raises errors as `image_batches` does.
+    (2, 3, 64), the extractor's label, and a fingerprint of the pixels. Of more than 50,000 images, features
+    and logits are those of every second, fourth, ... unfinished: a file that keeps, every five minutes, what
+    has been gathered of the images that `key` names; a stopped call goes on from it. Raises errors as
+    `image_batches` does.
     """
-    pooled, spatial = None, None
-    features, logits = [], []
-    total = 0.0
+    key = f"{key} {extractor.label}"
+    gathered = _unfinished(unfinished, key) if unfinished else _Gathered()
+    digest = hashlib.blake2b(digest_size=16)
+    seen = 0
+    saved = time.time()
     for x in image_batches(images, batch_size):
-        out = extractor(x)
-        if pooled is None: pooled, spatial = (Moments(out[k].shape[1]) for k in ("features", "spatial"))
-        pooled.update(out["features"])
-        spatial.update(out["spatial"])
-        features.append(out["features"])
-        logits.append(out["logits"])
-        total += len(x) * spectrum(x)
-    return dict(count=pooled.count, extractor=extractor.label,
-                mu=pooled.mean, sigma=pooled.cov(), mu_s=spatial.mean, sigma_s=spatial.cov(),
-                features=torch.cat(features), logits=torch.cat(logits), spectrum=total / pooled.count)
+        digest.update(x.contiguous().cpu().numpy().tobytes())
+        seen += len(x)
+        if seen <= gathered.count: continue                              # before the stop
+        gathered.add(x[max(0, len(x) - (seen - gathered.count)):], extractor)
+        if unfinished and time.time() - saved > 300:
+            notes = dict(key=key, count=gathered.count, stride=gathered.stride)
+            write_tensors(unfinished, gathered.tensors() | notes)
+            saved = time.time()
+    if unfinished: unfinished.unlink(missing_ok=True)
+    parts = gathered.tensors()
+    return dict(count=gathered.count, extractor=extractor.label,
+                mu=gathered.pooled.mean, sigma=gathered.pooled.cov(),
+                mu_s=gathered.spatial.mean, sigma_s=gathered.spatial.cov(),
+                features=parts["features"], logits=parts["logits"],
+                spectrum=gathered.spectrum / gathered.count,
+                fingerprint=f"{seen}x{x.shape[2]}x{x.shape[3]}-{digest.hexdigest()}")
 
 # %% ../nbs/09_metrics.ipynb #c065
 def fingerprint(images: ImageSet) -> str:
@@ -418,7 +484,8 @@ def reference_statistics(source: ImageSet, extractor: Extractor, cache: str | Pa
     """Give the `statistics` of real images.
 
     source: a .safetensors file of statistics, ADM's .npz with moments, or images. Those of images are read
-    from the file `cache` where it fits them and the extractor, else saved there. Raises FileNotFoundError,
+    from the file `cache` where it fits them and the extractor, else saved there; what a stop leaves unfinished
+    is taken up. Images with an `identity` (files, by their time stamps) need not be read for that. Raises FileNotFoundError,
     and ValueError for a file of another kind or extractor, or a generator with a cache.
     """
     if isinstance(source, (str, Path)):
@@ -427,15 +494,16 @@ def reference_statistics(source: ImageSet, extractor: Extractor, cache: str | Pa
     if isinstance(source, Iterator):
         raise ValueError("a cached reference is read twice: give a list, not a generator")
 
-    # what the cache holds, if it was made of these pixels
+    # what the cache holds, if it was made of these files, or of these pixels
     cache = Path(cache)
-    pixels = fingerprint(source)
+    key = source.identity() if hasattr(source, "identity") else fingerprint(source)
     try: stats = load_statistics(cache, extractor)
     except (FileNotFoundError, ValueError): stats = {}
-    if stats.get("fingerprint") == pixels: return stats
+    if key in (stats.get("key"), stats.get("fingerprint")): return stats
 
     # else all anew
-    stats = statistics(source, extractor, batch_size) | dict(fingerprint=pixels)
+    unfinished = cache.with_name(f"{cache.stem}-unfinished.safetensors")
+    stats = statistics(source, extractor, batch_size, unfinished, key) | dict(key=key)
     write_tensors(cache, stats)
     return stats
 
@@ -458,6 +526,9 @@ def compare(fake: dict, real: dict, k: int = 3, splits: int = 10) -> dict:
              "the covariance is singular, and FID far too large"
              for title, count in (("generated", fake["count"]), ("reference", real["count"]))
              if count is not None and count <= width]
+    kept = len(real.get("features", ()))
+    if real["count"] is not None and kept < real["count"] and kept:
+        notes.append(f"precision and recall look at {kept:,} of the {real['count']:,} reference images")
 
     # what can be computed, and None for the rest
     def distance(mean, cov): return frechet_distance(fake[mean], fake[cov], real[mean], real[cov])

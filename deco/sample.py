@@ -27,17 +27,25 @@ from .text import TextEncoder
 
 # %% ../nbs/08_sample.ipynb #c007
 def pick_classes(text: str, classes: list[str]) -> list[int]:
-    """Read comma-separated class numbers or names (or their beginning, in any case) as labels.
+    """Read comma-separated names of classes (or their beginning, in any case), or numbers, as labels.
 
-    Raises ValueError, with the list of classes, for a word that fits none or several.
+    A whole name goes before a number, and that before a beginning; a name may hold commas. Raises ValueError,
+    with the list of classes, for a word that fits none or several.
     """
     names = [c.lower() for c in classes]
+    words = text.lower().split(",")
     labels = []
-    for word in map(str.strip, text.lower().split(",")):
-        fitting = [i for i, name in enumerate(names) if (i == int(word) if word.isdigit() else name == word)]
-        fitting = fitting or [i for i, name in enumerate(names) if name.startswith(word)]
+    while words:
+        # the longest name that these words begin with
+        whole = [n for n in range(len(words), 0, -1) if ",".join(words[:n]).strip() in names]
+        word = ",".join(words[:whole[0] if whole else 1]).strip()
+        del words[:whole[0] if whole else 1]
+
+        fitting = [i for i, name in enumerate(names) if name == word]
+        fitting = fitting or [i for i in range(len(names)) if str(i) == word]
+        fitting = fitting or [i for i, name in enumerate(names) if word and name.startswith(word)]
         if len(fitting) != 1:
-            every = ", ".join(f"{i} {c}" for i, c in enumerate(classes))
+            every = ", ".join(f"{i} {c}" for i, c in enumerate(classes[:100]))
             raise ValueError(f"--classes {word!r} fits {len(fitting)} classes; there are: {every}")
         labels += fitting
     return labels
