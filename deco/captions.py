@@ -36,7 +36,7 @@ def caption(content: bytes, kind: str = "txt", chosen: int = 0) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 # %% ../nbs/17_captions.ipynb #y004
-_SIDE_FILES = (".txt", ".caption", ".json", ".TXT", ".CAPTION", ".JSON")    # beside x.jpg: x.txt, or x.jpg.txt
+_SIDE_FILES = (".txt", ".caption", ".json", ".TXT", ".CAPTION", ".JSON")    # beside x.jpg
 _TEXT, _JSON, _METADATA = range(3)                                          # where a caption stands
 
 def _caption_offsets(shard):
@@ -54,7 +54,7 @@ def _caption_offsets(shard):
 def _caption_table(data, root):
     """Make the table (N, 3) int64 of first byte, length and kind of captions, -1 where there is none.
 
-    Those of metadata files stand in a text of bytes, which is given too. Both are kept in a file under `root`.
+    Those of metadata files stand in a text, which is given too. Both are kept in a file under `root`.
     """
     path = cache_path(root, "captions", repr(["2", data.bases]))
     if path.exists(): return read_tensors(path)
@@ -113,7 +113,8 @@ class Captioned(Files):
             path = self.path(k)
             for name in (*(os.path.splitext(path)[0] + s for s in _SIDE_FILES), f"{path}.txt"):
                 if not os.path.isfile(name): continue
-                with open(name, "rb") as f: return f.read(limit), "json" if name.lower().endswith("n") else "txt"
+                kind = "json" if name.lower().endswith(".json") else "txt"
+                with open(name, "rb") as f: return f.read(limit), kind
             raise ValueError("no caption: no .txt file beside it")
         if first < 0: raise ValueError("no caption: no .txt and no .json of its key")
         length = min(length, limit)

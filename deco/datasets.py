@@ -31,13 +31,14 @@ class Named(NamedTuple):
 
 NAMED = {"openmoji": Named(openmoji, 10), "cifar10": Named(cifar10, 10), "scenes": Named(scenes, 6)}
 
-def load_data(name: str, size: int, root: str | Path = "data", upright: bool = True) -> Images:
+def load_data(name: str, size: int, root: str | Path = "data", upright: bool = True,
+              max_bad: float = 0.01) -> Images:
     """Load a data set into memory, at size x size pixels: a name of `NAMED`, or whatever `open_data` opens.
 
-    Pictures that can't be read are skipped, with a warning for each. upright: turned as EXIF says. Raises
-    FileNotFoundError, or ValueError naming what is wrong.
+    Pictures that can't be read are skipped, with a warning for each; of more than a share of max_bad that is
+    an error. upright: turned as EXIF says. Raises FileNotFoundError, or ValueError naming what is wrong.
     """
-    data = open_data(name, size, root, upright=upright)
+    data = open_data(name, size, root, max_bad=max_bad, upright=upright)
     return data if isinstance(data, Images) else load_all(data)
 
 # %% ../nbs/23_datasets.ipynb #cf01
@@ -94,7 +95,7 @@ def cifar_archive(path: str | Path, size: int = 32) -> Images:
         pixels, labels = torch.cat(pixels), torch.cat(labels)
         names = names or list(map(str, range(int(labels.max()) + 1)))
         captions = [names[k] for k in labels.tolist()]
-    except Exception as e:                                      # a damaged pickle or archive can raise anything
+    except Exception as e:                              # a damaged pickle or archive can raise anything
         raise ValueError(f"{path / name if path.is_dir() else path} can't be read as CIFAR's "
                          f"({first_line(e)}): fetch it again") from None
     if size != 32: pixels = torch.stack([to_tensor(center_crop(to_image(x), size)) for x in pixels])
@@ -109,7 +110,7 @@ class CaptionedImages(Images):
 def open_data(name: str | Path, size: int, root: str | Path = "data", flip: bool = True,
               max_bad: float = 0.01, captions: bool = False, upright: bool = True, one_class: bool = False,
               seed: int = 0) -> Dataset:
-    """Open a data set, at size x size pixels: a name of `NAMED` or CIFAR's archive in memory, the rest lazily.
+    """Open a data set, at size x size pixels: a name of `NAMED` or CIFAR's archive in memory, others lazily.
 
     name: a folder, tar shards, parquet files; also a glob or a pattern x-{000..146}.tar. captions: they are
     the targets; `seed` chooses among several of a picture. flip: may images be mirrored where the data allow

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from . import __version__
 from .core import (AT_LEAST_4, cell, check_settings, command_line, dist_info, flag, memory_mb, page,
-                       parse_settings, Parser, pick_device, read_json, read_report, reader_processes, run_command,
-                       setting, table, write_figure, write_picture, write_text)
+                       parse_settings, Parser, pick_device, read_json, read_report, reader_processes,
+                       run_command, setting, table, write_figure, write_picture, write_text)
 from .config import Config
 from .data import Images, list_images, make_grid, read_image
 from .datasets import is_cifar, NAMED, open_data
@@ -207,7 +207,7 @@ class Evaluation(Drawing):
         None, "", "two reports side by side: runs, or their folders", nargs=2, metavar=("A", "B"))
     out: str = setting("", "", "folder of the report (default: RUN/evaluation; of a comparison: comparison)")
     reference: str = setting(
-        "data", "", "'data': the training images, not mirrored; a file; all that --data takes", metavar="PATH")
+        "data", "", "'data': the training images, not mirrored; a file; what --data takes", metavar="PATH")
     upright: bool = setting(
         True, "", "turn the pictures of another --reference as their EXIF says (ADM does not)")
     extractor: str = setting(
@@ -223,8 +223,8 @@ class Evaluation(Drawing):
         return Path("comparison") if self.compare else Path(self.run) / "evaluation"
 
 # %% ../nbs/10_evaluate.ipynb #q003
-_MEASURING = ("run", "samples", "out", "reference", "upright", "extractor", "extractor_weights", "batch_size",
-              "device")
+_MEASURING = ("run", "samples", "out", "reference", "upright", "extractor", "extractor_weights",
+              "batch_size", "device")
 
 def check_evaluation(cfg: Evaluation) -> None:
     "Check the settings of an evaluation. Raises ValueError for one that makes no sense, or would be ignored."

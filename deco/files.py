@@ -116,7 +116,7 @@ def _folder_rows(folder, bases, left_out, shards, show=iter):
     """Give the rows for `build_index` of the pictures below a folder, in the order of `walk_files`.
 
     The class is the label that a metadata file gives, else the first sub-folder, else 'all'. Folders and
-    metadata files are added to `bases`, tar and parquet files to `shards`; other files are counted in `left_out`.
+    metadata files are added to `bases`, tar and parquet files to `shards`; others are counted in `left_out`.
     """
     numbers, known, labelled = {}, {}, False
     for place, name, group in walk_files(folder, left_out, show=show):
@@ -138,7 +138,8 @@ def _folder_rows(folder, bases, left_out, shards, show=iter):
     if known: left_out["pictures that metadata names and that are not there"] += len(known)
 
 # %% ../nbs/12_files.ipynb #c027
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+               b"PK": "zip"}
 _RECORD = 10_240                                                # a tar is filled up with zeros to a multiple
 
 def read_label(kind: str, content: bytes) -> str | None:
@@ -249,21 +250,24 @@ def find_shards(source: str) -> list[str]:
     else: paths = [source]
     return list(filter(is_shard, paths))
 
-def _data_of_folder(source, files):
-    """Choose among the .tar and .parquet files of a folder without pictures those that are data.
+def _data_of_folder(source, files, pictures=0):
+    """Choose the kind of data of a folder: its .tar files, its .parquet files, or [], its pictures.
 
-    A parquet file beside a tar of its name says how that was made, and one without pictures is no data.
-    Raises ValueError where tars and parquet files are data.
+    A parquet file beside a tar of its name says how that was made, and one without pictures is no data. Where
+    there are ten pictures and more for each of the other files, the pictures are the data. Raises ValueError
+    where there are several kinds otherwise.
     """
     tars = [path for path in files if path.lower().endswith(".tar")]
     stems = {os.path.splitext(path)[0] for path in tars}
     tables = [path for path in files if path not in tars and os.path.splitext(path)[0] not in stems]
-    if not tars: return tables
-    tables = [path for path in tables if has_pictures(path)]
-    if tables:
-        raise ValueError(f"{source} holds {len(tars)} tars and {len(tables)} parquet files of pictures: "
-                         f"give one kind, such as {os.path.join(os.path.dirname(tars[0]), '*.tar')}")
-    return tars
+    if tars or pictures: tables = [path for path in tables if has_pictures(path)]
+    if pictures >= 10 * len(tars + tables): return []
+    kinds = {"*.tar": len(tars), "*.parquet": len(tables), "pictures": pictures}
+    kinds = {kind: count for kind, count in kinds.items() if count}
+    if len(kinds) < 2: return tars + tables
+    found = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    example = os.path.join(os.path.dirname((tars + tables)[0]), next(iter(kinds)))
+    raise ValueError(f"{source} holds {found}: give one kind, such as {example}, or move the others out")
 
 def _implied_classes(index, shards):
     """Say the class of each picture of shards in which no member says one; None where nothing does.
@@ -335,16 +339,12 @@ def _index_folder(source, root, labelled, left_out):
     bases, shards = [], []
     rows = _folder_rows(source, bases, left_out, shards, progress)
     if not labelled: rows = ((name, None, *place) for name, _, *place in rows)
-    first = next(rows, None)                                    # without a picture, all has been walked through
+    first = next(rows, None)                                    # None: all has been walked through
     if first is None and shards:
-        data = _data_of_folder(source, shards)
-        if data: return _index_shards(data, root, labelled, left_out, bases)
+        return _index_shards(_data_of_folder(source, shards), root, labelled, left_out, bases)
     index = build_index(() if first is None else chain([first], rows), bases, left_out)
-    tars = [path for path in shards if path.lower().endswith(".tar")]
-    if 10 * len(tars) > len(index.table):                       # which are the data?
-        raise ValueError(f"{source} holds {len(index.table):,} pictures and {len(tars)} tars: give one kind "
-                         f"({os.path.join(os.path.dirname(tars[0]), '*.tar')}), or move the other out")
-    left_out |= {".tar": len(tars), ".parquet": len(shards) - len(tars)}
+    _data_of_folder(source, shards, len(index.table))
+    left_out.update(os.path.splitext(path)[1].lower() for path in shards)
     return index._replace(left_out=dict(+left_out))
 
 def load_index(source: str | Path, root: str | Path = "data", labelled: bool = True) -> Index:
@@ -366,8 +366,9 @@ def load_index(source: str | Path, root: str | Path = "data", labelled: bool = T
     if shards: index = _index_shards(shards, root, labelled, left_out, [])
     elif os.path.isdir(source): index = _index_folder(source, root, labelled, left_out)
     else:
-        table = source.lower().endswith((".arrow", ".feather", ".csv", ".jsonl"))
-        raise ValueError(f"{source} is no folder and no .tar: {'save it as .parquet' if table else 'unpack it'}")
+        mend = "unpack it"
+        if source.lower().endswith((".arrow", ".feather", ".csv", ".jsonl")): mend = "save it as .parquet"
+        raise ValueError(f"{source} is no folder and no .tar: {mend}")
 
     # keep the index, where there is room
     rest = json.dumps([index.bases, index.classes, index.left_out])

@@ -343,7 +343,7 @@ def image_batches(source: ImageSet, size: int = 100) -> Iterator[Tensor]:
     if shape is None: raise ValueError("no images: the set is empty")
 
 # %% ../nbs/09_metrics.ipynb #c063
-_KEPT = 50_000                                                           # single features; papers look at so many
+_KEPT = 50_000                                                       # single features; papers look at so many
 
 class _Gathered:
     "What has been gathered of a set so far: moments, spectrum, and the features of every `stride`-th image."
@@ -484,9 +484,9 @@ def reference_statistics(source: ImageSet, extractor: Extractor, cache: str | Pa
     """Give the `statistics` of real images.
 
     source: a .safetensors file of statistics, ADM's .npz with moments, or images. Those of images are read
-    from the file `cache` where it fits them and the extractor, else saved there; what a stop leaves unfinished
-    is taken up. Images with an `identity` (files, by their time stamps) need not be read for that. Raises FileNotFoundError,
-    and ValueError for a file of another kind or extractor, or a generator with a cache.
+    from the file `cache` where it fits them and the extractor, else saved there; what a stop left unfinished
+    is taken up. Images with an `identity` (files, by their time stamps) need not be read for that. Raises
+    FileNotFoundError, and ValueError for a file of another kind or extractor, or a generator with a cache.
     """
     if isinstance(source, (str, Path)):
         if stats := statistics_file(source, extractor, batch_size): return stats

@@ -726,8 +726,8 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
 def _open_data(cfg):
     "Open the data of a run. Of several processes, the first makes what is cached, and then all read it."
     def opened():
-        return open_data(cfg.data, cfg.size, cfg.data_root, cfg.flip, cfg.max_bad, bool(cfg.text), cfg.upright,
-                         cfg.one_class, cfg.seed)
+        return open_data(cfg.data, cfg.size, cfg.data_root, cfg.flip, cfg.max_bad, captions=bool(cfg.text),
+                         upright=cfg.upright, one_class=cfg.one_class, seed=cfg.seed)
     def make_cache(): opened()                                   # the data are not to be sent around
     if dist_info().world_size > 1: on_rank0(make_cache)
     return opened()
