@@ -294,7 +294,7 @@ def test_labels(tmp_path, caplog):
         return data.classes, data.take(torch.arange(len(data)))[1].tolist(), left_out
     assert labels({}) == (["all"], [0, 0, 0, 0], 0)
     numbers = {"a.cls": b"3\n", "b.cls": b"0", "c.cls": b"1", "d.cls": b"1"}
-    assert labels(numbers) == (["0", "1", "3"], [2, 0, 1, 1], 0)                    # as folders of these names
+    assert labels(numbers) == (["0", "1", "3"], [2, 0, 1, 1], 0)                 # as folders of these names
     words = {"a.cls": b"dog", "b.cls": b"cat", "c.cls": b"dog"}                         # d has none: left out
     assert labels(words) == (["cat", "dog"], [1, 0, 1], 1)
     in_json = {"a.json": b'{"label": 1}', "b.json": b'{"label": "0"}', "c.json": b"2", "d.json": b"{not json"}
@@ -305,7 +305,7 @@ def test_labels(tmp_path, caplog):
     null = {"a.json": b'{"label": null}', "b.json": b'{"label": "cat"}', "c.json": b'{"label": true}'}
     assert labels(null) == (["cat"], [0], 3)
     first = {"a.json": b'{"width": 3}', "a.cls": b"cat", "b.json": b'{"label": "cow"}', "b.cls": b"dog"}
-    assert labels(first) == (["cat", "dog"], [0, 1], 2)                             # .json may stand before .cls
+    assert labels(first) == (["cat", "dog"], [0, 1], 2)                          # .json may stand before .cls
     assert labels({"a.CLS": b"cat", "b.JSON": b'{"label": "dog"}'}) == (["cat", "dog"], [0, 1], 2)
 
 

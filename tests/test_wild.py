@@ -1,4 +1,4 @@
-"""The files that people have: odd pictures, layouts of data sets, what is left out, and that all readers agree.
+"""The files that people have: odd pictures, layouts of data sets, what is left out; and all readers agree.
 
 Expected pixels are worked out by hand here, from what was painted; expected labels from what was written.
 """
@@ -65,7 +65,8 @@ def palette() -> Image.Image:
 PAINTED = {
     "RGBA.png": encoded(half_transparent("RGBA")), "RGBA.tif": encoded(half_transparent("RGBA"), "TIFF"),
     "RGBA.webp": encoded(half_transparent("RGBA"), "WEBP", lossless=True),
-    "palette.png": encoded(palette(), transparency=1), "palette bytes.png": encoded(palette(), transparency=b"\xff\0"),
+    "palette.png": encoded(palette(), transparency=1),
+    "palette bytes.png": encoded(palette(), transparency=b"\xff\0"),
     "palette.gif": encoded(palette(), "GIF", transparency=1),
     "RGB with a key.png": encoded(half_key("RGB")[0], transparency=half_key("RGB")[1]),
     "an RGBA.png named.jpg": encoded(half_transparent("RGBA"))}
@@ -81,14 +82,15 @@ def test_transparent_parts_are_white(name, tmp_path):
     for pixels in as_everybody_reads(tmp_path / "x", tmp_path):
         left, right = pixels[0, :, :, :SIZE // 2], pixels[0, :, :, SIZE // 2:]
         assert (right == 255).all()
-        expected = (200, 100, 50) if name in PAINTED else 3 * (124,)     # ITU-R 601: 0.299 R + 0.587 G + 0.114 B
+        expected = (200, 100, 50) if name in PAINTED else 3 * (124,)     # 0.299 R + 0.587 G + 0.114 B
         assert (left.float() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind, order", [("PNG", "<"), ("TIFF", "<"), ("TIFF", ">")])
 def test_16_bits(kind, order, tmp_path):
     grey = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 257
-    image = Image.frombytes("I;16B" if order == ">" else "I;16", (SIZE, SIZE), grey.astype(f"{order}u2").tobytes())
+    mode = "I;16B" if order == ">" else "I;16"
+    image = Image.frombytes(mode, (SIZE, SIZE), grey.astype(f"{order}u2").tobytes())
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / f"x.{kind.lower()}").write_bytes(encoded(image, kind))
     for pixels in as_everybody_reads(tmp_path / "x", tmp_path):
@@ -107,8 +109,8 @@ def as_everybody_reads(folder: Path, root: Path) -> list[torch.Tensor]:
 
 STORED = {                      # EXIF's number, and how an upright array is stored so that it says the truth
     1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, -1)}
+    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}
 
 
 @pytest.mark.parametrize("number", STORED)
@@ -134,26 +136,31 @@ def test_upright(number, kind, tmp_path):
 
 
 def test_broken_exif_is_no_broken_picture(tmp_path):
-    (tmp_path / "x.jpg").write_bytes(encoded(plain(3), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense", quality=100))
-    assert (read_image(tmp_path / "x.jpg", SIZE).float().mean((1, 2)) - torch.tensor(colour(3))).abs().max() < 4
+    nonsense = b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense"
+    (tmp_path / "x.jpg").write_bytes(encoded(plain(3), "JPEG", exif=nonsense, quality=100))
+    mean = read_image(tmp_path / "x.jpg", SIZE).float().mean((1, 2))
+    assert (mean - torch.tensor(colour(3))).abs().max() < 4
 
 
 def test_postscript_is_never_run(tmp_path, monkeypatch):
     from PIL import EpsImagePlugin
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("an interpreter was started"))
+    def started(*args, **kwargs): pytest.fail("an interpreter was started")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     eps = encoded(plain(0), "EPS")
     (tmp_path / "x").mkdir()
     for k in range(200): (tmp_path / "x" / f"{k:03}.png").write_bytes(encoded(plain(k)))
     (tmp_path / "x" / "zz.jpg").write_bytes(eps)
     assert len(load_data(str(tmp_path / "x"), SIZE, tmp_path / "cache")) == 200
-    with pytest.raises(ValueError, match="zz.jpg.*cannot identify"): read_image(tmp_path / "x" / "zz.jpg", SIZE)
+    with pytest.raises(ValueError, match="zz.jpg.*cannot identify"):
+        read_image(tmp_path / "x" / "zz.jpg", SIZE)
 
 
 def test_size_is_guarded_for_everybody(tmp_path):
     (tmp_path / "wide.png").write_bytes(encoded(Image.new("1", (9500, 9500))))
     (tmp_path / "thin.png").write_bytes(encoded(Image.new("L", (1, 5000))))
     for name, size in (("wide", SIZE), ("thin", 256)):
-        with pytest.raises(ValueError, match=f"{name}.png.*too large"): read_image(tmp_path / f"{name}.png", size)
+        with pytest.raises(ValueError, match=f"{name}.png.*too large"):
+            read_image(tmp_path / f"{name}.png", size)
 
 
 # --- layouts: the same pictures and labels from each
@@ -196,7 +203,7 @@ def one_tar(root, classes, kind="cls", key="{:04}", prefix=""):
         picture, label = members(k, classes[k % 12], kind).items()
         name = key.format(k)
         parts = {f"{prefix}{name}.png": picture[1], f"{prefix}{name}.{kind}": label[1]}
-        content |= dict(reversed(parts.items())) if k % 2 else parts                     # the label comes first, too
+        content |= dict(reversed(parts.items())) if k % 2 else parts             # the label comes first, too
     return make_tar(root / "x.tar", content)
 
 
@@ -209,7 +216,8 @@ def json_first(root, classes):
 
 
 def in_folders(root, classes):
-    return make_tar(root / "x.tar", {f"./train/{classes[k % 12]}/{k}.png": encoded(plain(k)) for k in range(24)})
+    content = {f"./train/{classes[k % 12]}/{k}.png": encoded(plain(k)) for k in range(24)}
+    return make_tar(root / "x.tar", content)
 
 
 def tar_per_class(root, classes, stem="n{:08}"):
@@ -227,7 +235,8 @@ def img2dataset(root, classes):
 
 def hub_clone(root, classes):
     rows = [dict(image=dict(bytes=encoded(plain(k)), path=f"{k}.png"), label=k % 12) for k in range(24)]
-    for part in range(2): write_table(root / "repo" / "data" / f"train-{part:05}.parquet", rows[part::2], classes)
+    for part in range(2):
+        write_table(root / "repo" / "data" / f"train-{part:05}.parquet", rows[part::2], classes)
     (root / "repo" / "README.md").write_text("a data set")
     (root / "repo" / ".git").mkdir()
     (root / "repo" / ".git" / "x.png").write_bytes(b"no picture")
@@ -238,7 +247,8 @@ def metadata(root, classes, kind="jsonl"):
     (root / "m" / "images").mkdir(parents=True)
     rows = [dict(file_name=f"images/{k}.jpg", label=classes[k % 12]) for k in range(24)]
     for k in range(24): (root / "m" / "images" / f"{k}.jpg").write_bytes(encoded(plain(k)))
-    lines = list(map(json.dumps, rows)) if kind == "jsonl" else ["file_name,label", *(",".join(r.values()) for r in rows)]
+    lines = list(map(json.dumps, rows))
+    if kind == "csv": lines = ["file_name,label", *(",".join(row.values()) for row in rows)]
     (root / "m" / f"metadata.{kind}").write_text("\n".join(lines), encoding="utf-8")
     return root / "m"
 
@@ -246,14 +256,14 @@ def metadata(root, classes, kind="jsonl"):
 LAYOUTS = {
     "class folders": class_folders, "links to class folders": linked, "tar with .cls": one_tar,
     "tar with .json": lambda r, c: one_tar(r, c, "json"), "tar with .json before .cls": json_first,
-    "tar, upper case": lambda r, c: one_tar(r, c, "CLS"), "tar, dots in names": lambda r, c: one_tar(r, c, key="22.{:02}"),
+    "tar, upper case": lambda r, c: one_tar(r, c, "CLS"),
+    "tar, dots in names": lambda r, c: one_tar(r, c, key="22.{:02}"),
     "tar, nested": lambda r, c: one_tar(r, c, prefix="a/b.c/"), "tar of class folders": in_folders,
     "one tar per class": tar_per_class, "img2dataset": img2dataset, "clone of a hub": hub_clone,
     "metadata.jsonl": metadata, "metadata.csv": lambda r, c: metadata(r, c, "csv")}
 CLASSES = {"names": [f"n{k:08}" for k in range(12)], "numbers": [str(k) for k in range(12)],
-           "from 1": [str(k) for k in range(1, 13)], "words": ["ант", "bee", "cat", "dog", "elk", "fox", "gnu", "hen",
-                                                              "ibex", "jay", "kiwi", "猫"]}
-CLASSES["words"].sort()
+           "from 1": [str(k) for k in range(1, 13)],
+           "words": sorted("ант bee cat dog elk fox gnu hen ibex jay kiwi 猫".split())}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -276,8 +286,10 @@ def test_the_same_labels_from_everywhere(layout, classes, tmp_path):
 
 
 def test_names_of_the_schema_keep_their_numbers(tmp_path):
-    rows = [dict(image=encoded(plain(k)), label=k % 3) for k in range(6)] + [dict(image=encoded(plain(9)), label=None)]
-    data = open_data(write_table(tmp_path / "t.parquet", rows, ["crane", "dog", "crane"]), SIZE, tmp_path / "cache")
+    rows = [dict(image=encoded(plain(k)), label=k % 3) for k in range(6)]
+    rows.append(dict(image=encoded(plain(9)), label=None))
+    table = write_table(tmp_path / "t.parquet", rows, ["crane", "dog", "crane"])
+    data = open_data(table, SIZE, tmp_path / "cache")
     assert data.classes == ["crane", "dog", "crane"] and data.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.left_out == {"without a label": 1}
 
@@ -287,7 +299,7 @@ def test_one_class(tmp_path):
     assert data.classes == ["all"] and data.labels.tolist() == [0] * 24
 
 
-@pytest.mark.parametrize("stems", [("00000", "00001"), ("train-000", "train-001"), ("a-0", "a-1"), ("0", "1")])
+@pytest.mark.parametrize("stems", [("00000", "00001"), ("train-000", "train-001"), ("a-0", "a-1")])
 def test_a_series_of_shards_is_no_classes(stems, tmp_path):
     for k, stem in enumerate(stems): make_tar(tmp_path / "d" / f"{stem}.tar", members(k))
     assert open_data(tmp_path / "d", SIZE, tmp_path / "cache").classes == ["all"]
@@ -313,14 +325,16 @@ def test_cifar_archives(kind, hundred, tmp_path):
         before = [np.full((len(part), 1), 9, np.uint8)] if hundred else []                # the coarse label
         rows = np.concatenate([*before, y[part, None].astype(np.uint8), x[part]], 1)
         key = b"fine_labels" if hundred else b"labels"
-        content = pickle.dumps({b"data": x[part], key: y[part].tolist(), b"coarse_labels": [9] * len(part)}, protocol=2)
+        values = {b"data": x[part], key: y[part].tolist(), b"coarse_labels": [9] * len(part)}
+        content = pickle.dumps(values, protocol=2)
         if kind == "binary": (folder / f"{file}.bin").write_bytes(rows.tobytes())
         else: (folder / file).write_bytes(content)
     test = "test" if hundred else "test_batch"
     (folder / (f"{test}.bin" if kind == "binary" else test)).write_bytes(b"not to be trained on")
     meta = {b"fine_label_names" if hundred else b"label_names": words}
-    if kind != "binary": (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol=2))
-    else: (folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_bytes(b"\n".join(words))
+    if kind == "binary":
+        (folder / ("fine_label_names.txt" if hundred else "batches.meta.txt")).write_bytes(b"\n".join(words))
+    else: (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol=2))
     source = folder
     if kind == "packed":
         source = tmp_path / f"{name}-python.tar.gz"
@@ -356,12 +370,14 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     os.symlink("/nowhere", folder / "dog")
     os.symlink("..", folder / "cat" / "up")
     (folder / "old.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match="1 .*tar and 5 pictures"): open_data(folder, SIZE, tmp_path / "cache")
+    with pytest.raises(ValueError, match="1 .*tar and 5 pictures"):
+        open_data(folder, SIZE, tmp_path / "cache")
     (folder / "old.tar").unlink()
     data = open_data(folder, SIZE, tmp_path / "cache")
     assert data.classes == ["cat"] and len(data) == 5
-    assert data.left_out == {".heic": 2, ".cr2": 1, "files without a suffix": 1, "hidden folders": 4, "hidden files": 1,
-                             "links that lead nowhere": 1, "links to a folder above them": 1}
+    assert data.left_out == {
+        ".heic": 2, ".cr2": 1, "files without a suffix": 1, "hidden folders": 4, "hidden files": 1,
+        "links that lead nowhere": 1, "links to a folder above them": 1}
     line = next(r.getMessage() for r in caplog.records if "left out of" in r.getMessage())
     for part in ("2 .heic", "4 hidden folders", "1 links that lead nowhere"): assert part in line
 
@@ -371,10 +387,12 @@ def test_shards_beside_a_picture(tmp_path):
     (tmp_path / "d" / "logs").mkdir()
     assert len(open_data(tmp_path / "d", SIZE, tmp_path / "cache")) == 2
     (tmp_path / "d" / "preview.png").write_bytes(encoded(plain(0)))
-    with pytest.raises(ValueError, match=r"2 \*.tar and 1 pictures: give one kind"): open_data(tmp_path / "d", SIZE, tmp_path)
+    with pytest.raises(ValueError, match=r"2 \*.tar and 1 pictures: give one kind"):
+        open_data(tmp_path / "d", SIZE, tmp_path)
     hub_clone(tmp_path, CLASSES["words"])
     (tmp_path / "repo" / "logo.png").write_bytes(encoded(plain(0)))
-    with pytest.raises(ValueError, match="2 .*parquet and 1 pictures"): open_data(tmp_path / "repo", SIZE, tmp_path)
+    with pytest.raises(ValueError, match="2 .*parquet and 1 pictures"):
+        open_data(tmp_path / "repo", SIZE, tmp_path)
 
 
 @pytest.mark.parametrize("places", [("train", "val"), ("Training", "Test"), ("valid", "test", "train")])
@@ -384,7 +402,8 @@ def test_parts_of_a_data_set_are_noticed(places, tmp_path, caplog):
             (tmp_path / "f" / place / name).mkdir(parents=True)
             (tmp_path / "f" / place / name / "0.png").write_bytes(encoded(plain(k)))
         make_tar(tmp_path / "t" / f"{place}-000.tar", members(k))
-        write_table(tmp_path / "p" / f"{place}-00000-of-00001.parquet", [dict(image=encoded(plain(k)), label=0)])
+        rows = [dict(image=encoded(plain(k)), label=0)]
+        write_table(tmp_path / "p" / f"{place}-00000-of-00001.parquet", rows)
     for source in ("f", "t", "p"):
         caplog.clear()
         open_data(tmp_path / source, SIZE, tmp_path / "cache")
@@ -469,7 +488,7 @@ def stripes(tmp_path, n=60):
 def test_a_stopped_reference_goes_on(tmp_path, monkeypatch):
     data = stripes(tmp_path)
     expected = statistics(InOrder(data), tiny_extractor(), 10)
-    monkeypatch.setattr(metrics.time, "time", iter(range(0, 10**6, 400)).__next__)        # five minutes a batch
+    monkeypatch.setattr(metrics.time, "time", iter(range(0, 10**6, 400)).__next__)    # minutes for a batch
     calls = []
     def stopping(images):
         calls.append(len(images))
@@ -479,7 +498,7 @@ def test_a_stopped_reference_goes_on(tmp_path, monkeypatch):
         reference_statistics(InOrder(data), Extractor("tiny", stopping), tmp_path / "r.safetensors", 10)
     [unfinished] = tmp_path.glob("r-unfinished*")
     again = reference_statistics(InOrder(data), Extractor("tiny", stopping), tmp_path / "r.safetensors", 10)
-    assert sum(calls) == 70 and not unfinished.exists()                                  # ten were lost, 30 were not
+    assert sum(calls) == 70 and not unfinished.exists()                          # ten were lost, 30 were not
     for k, value in expected.items():
         if k in ("features", "logits"): assert torch.equal(again[k], value)
         elif isinstance(value, torch.Tensor): assert torch.allclose(again[k], value, rtol=1e-9, atol=1e-9), k
@@ -494,7 +513,7 @@ def test_a_kept_reference_is_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "decode", lambda *args: reads.append(args) or real(*args))
     assert reference_statistics(InOrder(data), tiny_extractor(), tmp_path / "r.safetensors")["count"] == 60
     assert not reads
-    Image.new("RGB", (32, 32)).save(tmp_path / "s" / "003.png")                           # overwritten in its place
+    Image.new("RGB", (32, 32)).save(tmp_path / "s" / "003.png")                   # overwritten in its place
     data = open_data(tmp_path / "s", 32, tmp_path / "cache")
     second = reference_statistics(InOrder(data), tiny_extractor(), tmp_path / "r.safetensors")
     assert reads and second["fingerprint"] != first["fingerprint"]
@@ -505,7 +524,8 @@ def test_many_images_keep_few_features(tmp_path, monkeypatch):
     all_of_them = statistics(data.pixels, tiny_extractor(), 7)
     monkeypatch.setattr(metrics, "_KEPT", 20)
     few = statistics(data.pixels, tiny_extractor(), 7)
-    assert torch.allclose(few["features"], all_of_them["features"][::4], atol=1e-5) and len(few["features"]) == 15
+    assert len(few["features"]) == 15
+    assert torch.allclose(few["features"], all_of_them["features"][::4], atol=1e-5)
     assert torch.allclose(few["sigma"], all_of_them["sigma"]) and few["count"] == 60
 
 
@@ -516,7 +536,8 @@ def test_whatever_trains_is_a_reference(reference, tmp_path):
     for s in range(2): make_tar(tmp_path / f"{s}.tar", members(s))
     write_table(tmp_path / "t.parquet", [dict(image=encoded(plain(k)), label=0) for k in range(2)])
     name = reference if reference == "openmoji" else str(tmp_path / reference)
-    images, title, labels = open_reference(name, {}, SIZE, root=tmp_path / "cache" if name != "openmoji" else "data")
+    root = "data" if name == "openmoji" else tmp_path / "cache"
+    images, title, labels = open_reference(name, {}, SIZE, root=root)
     pixels = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     assert len(pixels) == (2460 if reference == "openmoji" else 2) and title == name and labels is None
 
@@ -534,7 +555,7 @@ def test_several_captions(tmp_path):
     sources = (write_table(tmp_path / "t.parquet", rows), folder)
     told = [open_data(s, SIZE, tmp_path / "cache", captions=True, seed=seed).take(torch.arange(12))[1]
             for s in sources for seed in (0, 0, 1)]
-    assert told[0] == told[1] == told[3] and told[0] != told[2] == told[5]                # of seed and number alone
+    assert told[0] == told[1] == told[3] and told[0] != told[2] == told[5]        # of seed and number alone
     for k in range(12): assert all(t[k] in texts[k] for t in told)
     assert len({t.split()[0] for t in told[0]}) == 3
 
@@ -544,7 +565,8 @@ def test_captions_of_every_kind_of_row(tmp_path):
     for column in ("caption", "text", "prompt"):
         kind = pyarrow.binary() if column == "prompt" else pyarrow.string()
         texts = [v if v is None or isinstance(v, bytes) == (column == "prompt") else None for v in values]
-        table = pyarrow.table({"image": [encoded(plain(k)) for k in range(5)], column: pyarrow.array(texts, kind)})
+        pictures = [encoded(plain(k)) for k in range(5)]
+        table = pyarrow.table({"image": pictures, column: pyarrow.array(texts, kind)})
         parquet.write_table(table, tmp_path / f"{column}.parquet")
         data = open_data(tmp_path / f"{column}.parquet", SIZE, tmp_path / "cache", max_bad=1.0, captions=True)
         for k, text in enumerate(texts):
