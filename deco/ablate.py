@@ -10,15 +10,13 @@ import argparse
 import csv
 import json
 import statistics as stats
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, MISSING, replace
 from itertools import product
 from pathlib import Path
 import torch
 from torch import Tensor
 from .config import Config, parse as train_settings
-from .core import (AT_LEAST_0, AT_LEAST_1, AT_LEAST_4, check_settings, parameter_count, Parser,
+from .core import (AT_LEAST_0, AT_LEAST_1, AT_LEAST_4, check_settings, claim, parameter_count, Parser,
                        pick_device, read_json, run_command, setting, table, write_atomic, write_figure,
                        write_text)
 from .data import to_uint8
@@ -155,7 +153,9 @@ def measure_run(row: str, cfg: Config, net: Extractor, reference: dict, settings
     for path in checkpoints(folder):
         restore(run, path)
         model = run.average(cfg.ema_decay[0]).to(device)
-        recent = [r for r in log if r["images"] <= run.seen][-max(1, len(log) // 10):]
+        recent = [r for r in log if r["images"] <= run.seen and "speed" in r][-max(1, len(log) // 10):]
+        if not recent: raise ValueError(f"{folder / 'log.jsonl'} has no rows up to {run.seen} images, which "
+                                        f"are to be measured: delete {folder} to train it again")
         observations.append(dict(
             row=row, seed=cfg.seed, images=run.seen, parameters=parameter_count(model),
             mflops=round(flops_per_image(model, cfg.size) / 1e6, 1),
@@ -164,23 +164,7 @@ def measure_run(row: str, cfg: Config, net: Extractor, reference: dict, settings
     return observations
 
 # %% ../nbs/14_ablations.ipynb #a_work
-def lock_file(f) -> None:
-    "Lock an open file until the process ends. Raises BlockingIOError or PermissionError if another has it."
-    try: import fcntl
-    except ImportError:                                                     # Windows
-        import msvcrt
-        msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-    else: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[bool]:
-    "Claim a run; False while another process works on it. A claim ends with its process, however it ends."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as f:
-        try: lock_file(f)
-        except (BlockingIOError, PermissionError): free = False
-        else: free = True
-        yield free
+CLAIM = "ablate.lock"                                       # beside the lock of the training itself
 
 def row_config(row: str, seed: int, base: Config, settings: Ablation) -> Config:
     "Give the training of a row: what `base` says but for what the row is about."
@@ -188,6 +172,12 @@ def row_config(row: str, seed: int, base: Config, settings: Ablation) -> Config:
     log_every = min(base.log_every, max(1, every // base.batch_size))       # a line of the log at every point
     return replace(base, **ROWS[row], seed=seed, out=str(Path(settings.out) / f"{row}-{seed}"),
                    save_every=every, keep=settings.checkpoints, log_every=log_every)
+
+def is_finished(path: Path, facts: dict) -> bool:
+    "Say whether a results.json is there, whole, and of these settings."
+    try: report = read_json(path)
+    except (OSError, ValueError): return False
+    return report.get("settings") == facts and bool(report.get("results"))
 
 def train_rows(names: tuple[str, ...], base: Config, settings: Ablation) -> None:
     "Train and measure rows, seed by seed; what is done stays, what another process has is left to it."
@@ -197,8 +187,8 @@ def train_rows(names: tuple[str, ...], base: Config, settings: Ablation) -> None
         cfg = row_config(row, seed, base, settings)
         facts = json.loads(json.dumps(asdict(cfg)))                         # as they are read back
         path = Path(cfg.out) / "results.json"
-        with run_lock(path.parent) as free:
-            if not free or (path.exists() and read_json(path)["settings"] == facts): continue
+        with claim(path.parent, CLAIM) as holder:
+            if holder or is_finished(path, facts): continue
             print(f"\n{row}, seed {seed}", flush=True)
 
             # before the training, so that what is missing is said at once
@@ -219,7 +209,7 @@ def read_tidy(path: str | Path) -> list[dict]:
     def value(text):
         try: return int(text) if text.isdigit() else float(text)
         except ValueError: return text
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8") as f:
         return [{k: value(v) for k, v in line.items()} for line in csv.DictReader(f)]
 
 def summarize(rows: list[dict]) -> list[dict]:
@@ -243,7 +233,7 @@ def summarize(rows: list[dict]) -> list[dict]:
 def write_tidy(path: Path, rows: list[dict]) -> None:
     "Write observations as a CSV file, one to a line, five digits."
     def write(p):
-        with open(p, "w", newline="") as f:
+        with open(p, "w", newline="", encoding="utf-8") as f:
             lines = csv.DictWriter(f, rows[0], lineterminator="\n")
             lines.writeheader()
             for r in rows:
@@ -260,7 +250,8 @@ def gather_observations(names: tuple[str, ...], out: Path, path: Path) -> list[d
         for r in earlier:
             if r["row"] == name: by_seed.setdefault(r["seed"], []).append(r)
         for report in map(read_json, sorted(out.glob(f"{name}-[0-9]*/results.json"))):
-            if report["results"][0]["row"] == name: by_seed[report["settings"]["seed"]] = report["results"]
+            results = report.get("results")                         # none: it was cut short
+            if results and results[0]["row"] == name: by_seed[report["settings"]["seed"]] = results
         for seed in sorted(by_seed): rows += by_seed[seed]
     return rows
 

@@ -8,18 +8,22 @@ __all__ = []
 # %% ../nbs/90_core.ipynb #k002
 import argparse
 import difflib
+import errno
 import gc
 import hashlib
 import json
 import math
 import os
 import pickle
+import platform
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
 from functools import lru_cache
@@ -30,6 +34,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from deco import PARENT, STOP_SIGNALS
 
 # %% ../nbs/90_core.ipynb #k011i
 def first_line(e: BaseException) -> str:
@@ -37,35 +42,57 @@ def first_line(e: BaseException) -> str:
     lines = str(e).strip().splitlines()
     return lines[0] if lines else type(e).__name__
 
+_FULL = errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC), 112       # 112: that of Windows
+_IN_THE_WAY = errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY
+
+def cannot_write(path: Path, e: Exception) -> OSError:
+    "Make the error that says why a path can't be written and, as far as that is known, what to do."
+    number = getattr(e, "errno", None)
+    inside = re.search(r"\(os error (\d+)\)", str(e))                   # what safetensors says
+    if inside: number = int(inside[1])
+    mend = "choose another folder"
+    if number in _FULL: mend = "make room or choose another folder"
+    if number in _IN_THE_WAY: mend = "move what is in its way, or choose another folder"
+    return OSError(f"cannot write {path} ({first_line(e)}): {mend}; what was there before is whole")
+
 # %% ../nbs/90_core.ipynb #k011
-def write_atomic(path: Path, write: Callable) -> None:
+def flush(path: Path) -> None:
+    "Wait until a file or a folder lies on the disk: a rename alone does not survive that the power fails."
+    try: descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except PermissionError: return                                       # Windows: a folder
+    try: os.fsync(descriptor)
+    except OSError as e:
+        if e.errno in (errno.EIO, *_FULL): raise                         # else: a disk that can't say so
+    finally: os.close(descriptor)
+
+def write_atomic(path: Path, write: Callable, lasting: bool = True) -> None:
     """Call write(temporary), then rename that file to `path`, in a folder that is made where there is none.
 
-    Whatever happens, `path` is the old file or the whole new one.
+    Whatever happens, `path` is the old file or the whole new one. lasting: also where the power fails.
     Raises OSError naming the path where it can't be written.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        if lasting: flush(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        raise OSError(f"cannot write {path} ({e}): make room or choose another folder; "
-                      "what was there before is whole") from None
-    finally: temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as e: raise cannot_write(path, e) from None
+    finally:
+        with suppress(OSError): temporary.unlink(missing_ok=True)
 
 # %% ../nbs/90_core.ipynb #k011w
 def write_text(path: Path, text: str) -> None:
     "Write a text file as `write_atomic` does."
-    write_atomic(path, lambda p: p.write_text(text))
+    write_atomic(path, lambda p: p.write_text(text, "utf-8", "backslashreplace"))
 
 def write_picture(path: Path, image) -> None:
     "Write a Pillow image as a PNG, as `write_atomic` does."
-    write_atomic(path, lambda p: image.save(p, "PNG"))
+    write_atomic(path, lambda p: image.save(p, "PNG"), lasting=False)    # of thousands each would wait
 
 def write_figure(path: Path, figure) -> None:
     "Write a figure of matplotlib as a PNG, as `write_atomic` does."
-    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=90))
+    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=90), lasting=False)
 
 def write_tensors(path: Path, values: dict) -> None:
     "Write tensors by name, and all else as texts, as a safetensors file, as `write_atomic` does."
@@ -77,7 +104,7 @@ def write_tensors(path: Path, values: dict) -> None:
 def read_json(path: Path) -> dict:
     "Read a JSON object from a file. Raises ValueError naming a file that holds none."
     mend = "restore it or use another folder"
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not readable as JSON ({e}): {mend}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds no JSON object: {mend}")
@@ -124,8 +151,65 @@ def file_hash(path: Path, digits: int = 16) -> str:
 # %% ../nbs/90_core.ipynb #k012i
 def cache_path(root: str | Path, kind: str, key: str, suffix: str = ".safetensors") -> Path:
     "Name the file (or, without a suffix, the folder) under `root` that keeps what is a function of `key`."
-    digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(key.encode(errors="backslashreplace"), digest_size=8).hexdigest()
     return Path(root) / f"{kind}-{digest}{suffix}"
+
+# %% ../nbs/90_core.ipynb #own2
+_claimed = set()                                # lock files that this process holds
+
+def _let_go():
+    for f in _claimed: f.close()
+    _claimed.clear()
+
+# a child made by fork, which reads images, would go on holding them after its parent's death
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_let_go)
+
+def lock_file(f) -> None:
+    "Lock an open file until it is closed. Raises BlockingIOError or PermissionError if another has it."
+    try: import fcntl
+    except ImportError:                                                     # Windows
+        import msvcrt
+        f.seek(2**30)                           # a byte far behind the text, which others may read
+        msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    else: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+@contextmanager
+def claim(folder: Path, name: str = "lock", patience: float = 0.0) -> Iterator[str]:
+    """Claim a folder, which is made where there is none: '', or who has had it for `patience` seconds.
+
+    A claim ends with the block or with its process, however that ends. Where the file system has no locks,
+    or nobody may write, all get it. Raises OSError where the folder can't be made.
+    """
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise cannot_write(folder, e) from None
+    path, holder, end = folder / name, "", time.time() + patience
+    try: f = open(path, "a+", encoding="utf-8")
+    except OSError:
+        yield ""                                # what must be written there will say why it can't
+        return
+    with f:
+        while True:
+            try: lock_file(f)
+            except (BlockingIOError, PermissionError):
+                holder = path.read_text("utf-8", "replace").strip() or "another process"
+            except OSError as e: print(f"warning: {path} can't be locked ({e}): start no second process "
+                                       "that writes there", file=sys.stderr)
+            else:
+                holder = ""
+                _claimed.add(f)
+            if not holder or time.time() > end: break
+            time.sleep(0.2)
+        if not holder: _sign(f, f"process {os.getpid()} on {platform.node()} since {time.ctime()}")
+        try: yield holder
+        finally:
+            if not holder: _sign(f, "")
+            _claimed.discard(f)
+
+def _sign(f, text):
+    with suppress(OSError):                     # a full disk: the lock itself needs no room
+        f.truncate(0)
+        f.write(text)
+        f.flush()
 
 # %% ../nbs/90_core.ipynb #k021
 def generator(*key) -> torch.Generator:
@@ -148,6 +232,19 @@ def dist_info() -> DistInfo:
     return DistInfo(int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1)),
                     int(os.getenv("LOCAL_RANK", 0)))
 
+@lru_cache                                      # once in a process
+def watch_launcher(grace: float = 30.0) -> None:
+    """Stop this process, as SIGTERM does, when torchrun is gone that began it; in `grace` seconds end it.
+
+    torchrun ends its processes whenever it ends, unless it is killed itself.
+    """
+    def watch():
+        while os.getppid() == PARENT: time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os._exit(1)
+    if "TORCHELASTIC_RUN_ID" in os.environ: threading.Thread(target=watch, daemon=True).start()
+
 @contextmanager
 def process_group(device: str, patience: timedelta = timedelta(hours=1)) -> Iterator[None]:
     """Join torchrun's process group for as long as the block lasts.
@@ -158,6 +255,7 @@ def process_group(device: str, patience: timedelta = timedelta(hours=1)) -> Iter
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
+    watch_launcher()
     if device.startswith("cuda"): torch.cuda.set_device(device)
     dist.init_process_group(traits(device).backend, timeout=patience)
     try:
@@ -237,14 +335,16 @@ def reader_processes(workers: int) -> int:
     return max(0, min(16, cores // int(os.getenv("LOCAL_WORLD_SIZE", 1)) - 1))
 
 def memory_mb(device: str) -> int:
-    """Give the most memory that this process has held, in MB (2^20 bytes).
+    """Give the most memory that this process has held, in MB (2^20 bytes); 0 where Python can't ask.
 
     On a GPU that is its tensors, elsewhere all of the process.
     """
     if device.startswith("cuda"): return torch.cuda.max_memory_allocated(device) // 2**20
     status = Path("/proc/self/status")                                # right for the child of a large process
-    if status.exists(): return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) // 1024
-    import resource                                                         # no Linux
+    known = re.search(r"VmHWM:\s+(\d+)", status.read_text("utf-8", "replace")) if status.exists() else None
+    if known: return int(known[1]) // 1024
+    try: import resource                                                    # no Linux
+    except ImportError: return 0                                            # Windows
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most // (2**20 if sys.platform == "darwin" else 2**10)           # in bytes on a Mac, else in KB
 
@@ -263,19 +363,20 @@ def progress(items: Iterable, say: Callable = str) -> Iterator:
     start = last = time.time()
     for i, item in enumerate(items, 1):
         yield item
-        if sys.stderr.isatty() or "ipykernel" in sys.modules:
-            if bar is None and time.time() - start > 1:
-                from fastprogress import progress_bar
-                bar = progress_bar(range(total), leave=False)
-                bar.update(0)
-                bar.start_t = start
-            if bar:
-                bar.comment = say()
-                bar.update(i)
-        elif time.time() - last >= 10:
-            last = time.time()
-            left = (last - start) / i * (total - i)
-            print(f"{i}/{total}, {left:.0f} s left {say()}", flush=True)
+        with suppress(OSError):                                             # a terminal that was closed
+            if sys.stderr.isatty() or "ipykernel" in sys.modules:
+                if bar is None and time.time() - start > 1:
+                    from fastprogress import progress_bar
+                    bar = progress_bar(range(total), leave=False)
+                    bar.update(0)
+                    bar.start_t = start
+                if bar:
+                    bar.comment = say()
+                    bar.update(i)
+            elif time.time() - last >= 10:
+                last = time.time()
+                left = (last - start) / i * (total - i)
+                print(f"{i}/{total}, {left:.0f} s left {say()}", flush=True)
 
 # %% ../nbs/90_core.ipynb #k061r
 def _at_least(low): return (lambda v: low <= v < math.inf), f"at least {low}"
@@ -313,6 +414,8 @@ def check_settings(settings) -> None:
     "Check every setting by its rule. Raises ValueError naming the first flag whose value makes no sense."
     for f in fields(settings):
         value, rule = getattr(settings, f.name), f.metadata["rule"]
+        if isinstance(value, str) and not value.strip() and f.default != "":
+            raise ValueError(f"{flag(f.name)} is empty: give it a value (is a shell variable not set?)")
         if rule is None or value is None: continue
         if not callable(rule[0]):
             choices = ", ".join(map(str, rule))
@@ -361,13 +464,50 @@ def parse_settings(parser: Parser, kind: type, argv: list[str] | None):
     check_settings(settings)
     return settings
 
+_noted = []                                     # the signals that `on_signals` has met
+
+@contextmanager
+def on_signals(handle: Callable) -> Iterator[None]:
+    """Call handle(number, frame) for each of `STOP_SIGNALS` that comes within the block.
+
+    One that is ignored stays so (nohup), and outside the main thread Python allows no handlers.
+    """
+    def noted(number, frame):
+        _noted.append(number)
+        handle(number, frame)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for s in before: signal.signal(s, noted)
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+def _interrupt(number, frame):
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    raise KeyboardInterrupt(f"stopped{by}")
+
 def run_command(main: Callable) -> None:
-    "Run a command's main function; an error for its user becomes one line on stderr and an exit code of 1."
-    try: main()
-    except KeyboardInterrupt as e: sys.exit(str(e) or "stopped")
+    """Run a command's main function; an error for its user becomes one line on stderr and an exit code of 1.
+
+    What was stopped by a signal says so in one line too; its exit code is 128 and the signal's number.
+    """
+    _noted.clear()
+    for stream in (sys.stdout, sys.stderr):     # in a locale that has not all letters
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    try:
+        with on_signals(_interrupt): main()
+    except KeyboardInterrupt as e:
+        with suppress(OSError): print(str(e) or "stopped", file=sys.stderr)
+        raise SystemExit(128 + (_noted or [signal.SIGINT])[0]) from e
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("DECO_TRACEBACK"): raise
         sys.exit(f"error: {' '.join(str(e).split())}")
+    except RuntimeError as e:                   # torch raises it wherever the program is
+        if "DataLoader worker" not in str(e): raise
+        sys.exit(f"error: a process that reads images has died ({first_line(e)}): "
+                 "give it more memory or take fewer --workers; the same command goes on")
 
 # %% ../nbs/90_core.ipynb #k062i
 def command_line(command: str, settings) -> str:

@@ -30,6 +30,7 @@ from safetensors import safe_open, SafetensorError
 
 from torch import Tensor
 from torch.utils.data import DataLoader
+from . import STOP_SIGNALS
 from .core import cache_path, dist_info, first_line, progress, write_tensors
 from .data import (batch, Dataset, decode_image, EXTENSIONS, Images, is_image, JUNK, reason, sort_classes,
                        walk_files)
@@ -467,8 +468,8 @@ def _caught(read, k):
     except (ValueError, OSError) as e: return e
 
 def _ignore_signals(worker):
-    "Ignore Ctrl-C and SIGTERM, which often reach all processes: the main process decides what follows."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    "Ignore Ctrl-C and its like, which often reach all processes: the main process decides what follows."
+    for s in STOP_SIGNALS: signal.signal(s, signal.SIG_IGN)
 
 def _read_ahead(read, numbers, workers, pin=False):
     "Give read(k) for each of these numbers, in their order, read ahead in so many worker processes."

@@ -87,7 +87,7 @@ def _problem(path, item, size):
     if item is None: return "does not belong here: move it"
     if not path.exists(): return "is missing: run the export again"
     if path.suffix == ".jsonl":
-        if path.read_text() == json.dumps(item.metadata): return ""
+        if path.read_text("utf-8", "replace") == json.dumps(item.metadata): return ""
         return f"is not the metadata of {item.prompt!r}: remove its folder, export again"
     side = 2 * size if item.metadata is None else size
     try:

@@ -135,7 +135,7 @@ def _write_files(folder, write):
         write(new)
         names = [*_FILES, "README.md"]
         old = folder / "README.md"
-        if old.exists() and _MARK not in old.read_text(errors="replace"):
+        if old.exists() and _MARK not in old.read_text("utf-8", "replace"):
             warnings.warn(f"{old} is no card of deco's and stays as it is: remove it for a new one",
                           stacklevel=4)
             names.remove(old.name)

@@ -11,16 +11,15 @@ import json
 import math
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import closing, contextmanager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 import torch
@@ -30,9 +29,10 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from .config import check, Config, parse
-from .core import (all_reduce, dist_info, fill, first_line, flag, generator, memory_mb, on_rank0,
-                       parameter_count, pick_device, process_group, progress, read_json, reader_processes,
-                       run_command, traits, write_atomic, write_figure, write_picture, write_text)
+from .core import (all_reduce, cannot_write, claim, dist_info, fill, first_line, flag, flush, generator,
+                       memory_mb, on_rank0, on_signals, parameter_count, pick_device, process_group, progress,
+                       read_json, read_tensors, reader_processes, run_command, traits, write_atomic,
+                       write_figure, write_picture, write_text)
 from .data import epoch_indices, make_grid, to_float
 from .datasets import examples, open_data
 from .dct import frequency_loss
@@ -179,7 +179,17 @@ def _whole(p):
     "Give a parameter or a norm as one tensor: under FSDP it is gathered, and every process calls this."
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
+# %% ../nbs/07_train.ipynb #whole3
+def _all_finite(run):
+    "Say whether all that a run holds is finite, in every process."
+    return not all_reduce(torch.tensor([0.0 if _finite(run.tensors().values()) else 1.0])).item()
+
 # %% ../nbs/07_train.ipynb #make1
+def _finite(tensors):
+    "Say whether all numbers of tensors are finite; under FSDP, of this process's shares."
+    parts = [_local_shard(p) for p in tensors]
+    return all(torch.stack([p.isfinite().all() for p in parts if p.is_floating_point()]).tolist())
+
 def start_from(path: str, model: DiT) -> None:
     """Copy weights into a model: those of a run's folder or of an authors' checkpoint.
 
@@ -189,6 +199,8 @@ def start_from(path: str, model: DiT) -> None:
     if source.config.get("official_text") and not model.config.get("official_text"):
         raise ValueError(f"{path} computes as the authors' text-to-image code does: "
                          "add official_text=1 to --model-args")
+    if not _finite(source.state_dict().values()):
+        raise ValueError(f"{path} has weights that are not finite: give others to --init")
     fill(model, source.state_dict(), path)
 
 def make_model(cfg: Config, num_classes: int, text_encoder: TextEncoder | None) -> DiT:
@@ -237,6 +249,7 @@ class Run:
         self.seen = 0
         self.step = 0
         self.bad = 0
+        self.planned = cfg.images                # for what length it was trained so far
 
         official = bool(model_args(cfg.model_args).get("official_text"))
         self.text = dict(name=cfg.text, length=cfg.text_length, official=official)
@@ -371,7 +384,8 @@ def update(run: Run, pixels: Tensor, labels: Tensor | list[str],
 # %% ../nbs/07_train.ipynb #t047
 def checkpoints(folder: Path) -> list[Path]:
     "List a run's checkpoints, the oldest first: folders named after the number of images."
-    return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
+    found = [p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
 
 def _checksums(folder):
     "Give size and CRC-32 of a folder's safetensors files: they tell a whole checkpoint from a damaged one."
@@ -383,12 +397,39 @@ def _checksums(folder):
         sums[path.name] = [path.stat().st_size, crc]
     return sums
 
+# %% ../nbs/07_train.ipynb #same1
+def _state_sum(state):
+    text = json.dumps({k: v for k, v in state.items() if k != "checksum"}, sort_keys=True)
+    return zlib.crc32(text.encode())
+
+def read_state(path: Path) -> dict:
+    "Read a checkpoint's state.json. Raises ValueError where it is not as it was written, or of another one."
+    state = read_json(path / "state.json")
+    seen, step, bad = numbers = [state.get(name) for name in ("seen", "step", "bad")]
+    right = (state.get("checksum", _state_sum(state)) == _state_sum(state)
+             and isinstance(state.get("config"), dict) and all(type(n) is int and n >= 0 for n in numbers)
+             and seen == int(path.name) and step + bad <= seen)
+    if not right: raise ValueError(f"{path / 'state.json'} is not as it was written")
+    return state
+
+_MAY_CHANGE = """
+    images data_root workers max_bad micro_batch recompute max_bad_steps guidance steps sample_shift
+    sample_every text_cache save_every keep keep_every log_every tensorboard wandb out device parallel
+    compile""".split()
+
+def changed_flags(before: dict, cfg: Config) -> str:
+    "Name the settings of a run that are not as they were, but for those that may change; '' for none."
+    before = json.loads(json.dumps(asdict(Config()) | before))     # one that is newer than the run: as it was
+    now = json.loads(json.dumps(asdict(cfg)))                            # as the file has it
+    return ", ".join(f"{flag(name)} {before[name]} (now {value})" for name, value in now.items()
+                     if name not in _MAY_CHANGE and before[name] != value)
+
 # %% ../nbs/07_train.ipynb #ckpt1
-def _cause(e):
-    "Give the first line of an error; of one of torch's checkpoints, that of what a process met."
+def _met(e):
+    "Give what a process met, of an error of torch's checkpoints; any other error as it is."
     for failure in getattr(e, "failures", {}).values():
         e = failure[0] if isinstance(failure, tuple) else failure
-    return first_line(e)[:160]
+    return e
 
 @contextmanager
 def _alone_is_fine():
@@ -398,12 +439,18 @@ def _alone_is_fine():
         yield
 
 # %% ../nbs/07_train.ipynb #ckpt2
-def save_checkpoint(run: Run, folder: Path) -> None:
+def save_checkpoint(run: Run, folder: Path, info: dict | None = None) -> None:
     """Write checkpoints/<images>: a safetensors file per process, and state.json. Every process calls it.
 
     It is written under another name and renamed, so what is there is whole. Older ones go, but for the newest
-    `keep` and each `keep_every`. Raises OSError where it can't be written; what was there before stays.
+    `keep` and each `keep_every`. info: what config.json says; the classes are kept here too. Raises OSError
+    where it can't be written, FloatingPointError for numbers that are not finite; what was there stays.
     """
+    if not _all_finite(run):
+        saved = checkpoints(folder)
+        raise FloatingPointError(f"weights, averages or moments are not finite after step {run.step}, so "
+                                 "they are not saved: try a lower --lr; the last good checkpoint is "
+                                 f"{saved[-1] if saved else 'not there yet'}")
     path = folder / "checkpoints" / f"{run.seen:012d}"
     new = folder / "checkpoints" / "writing"
 
@@ -412,10 +459,13 @@ def save_checkpoint(run: Run, folder: Path) -> None:
         new.mkdir(parents=True)
 
     def complete():
+        for part in new.iterdir(): flush(part)
         state = dict(seen=run.seen, step=run.step, bad=run.bad, config=asdict(run.cfg), files=_checksums(new))
-        write_text(new / "state.json", json.dumps(state, indent=1))
+        state |= {k: v for k, v in (info or {}).items() if k in ("classes", "class_counts")}
+        write_text(new / "state.json", json.dumps(state | dict(checksum=_state_sum(state)), indent=1))
         shutil.rmtree(path, ignore_errors=True)
         new.replace(path)
+        flush(path.parent)
         keep_every = run.cfg.keep_every
         for old in checkpoints(folder)[:-run.cfg.keep]:
             if not keep_every or int(old.name) % keep_every: shutil.rmtree(old)
@@ -428,25 +478,30 @@ def save_checkpoint(run: Run, folder: Path) -> None:
         on_rank0(complete)
     except (OSError, CheckpointException) as e:
         if dist_info().rank == 0: shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"cannot write {path} ({_cause(e)}): make room or choose another --out; "
-                      "earlier checkpoints are whole") from None
+        raise cannot_write(path, _met(e)) from None
 
 # %% ../nbs/07_train.ipynb #t048
 def restore(run: Run, path: Path) -> None:
     """Read a checkpoint into a run, whoever wrote it, replicated or sharded. Every process calls it.
 
-    Raises ValueError where it is damaged, or of another model.
+    Raises ValueError where it is damaged, or of another model, or of other settings.
     """
-    def read_state():
-        state = read_json(path / "state.json")
-        if state.get("files") != _checksums(path): raise ValueError(f"{path} is not as it was written")
+    def checked():
+        state = read_state(path)
+        changes = changed_flags(state["config"], run.cfg)
+        if changes: raise ValueError(f"it was made with {changes}")
+        late = state["step"] + state["bad"] > state["seen"] // run.cfg.batch_size
+        if late or not state.get("files") or state["files"] != _checksums(path):
+            raise ValueError(f"{path} is not as it was written")
         return state
     try:
-        state = on_rank0(read_state)
+        state = on_rank0(checked)
         with _alone_is_fine(): dcp.load(run.tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-        run.seen, run.step, run.bad = (int(state[k]) for k in ("seen", "step", "bad"))
+        if not _all_finite(run): raise ValueError("it holds numbers that are not finite")
     except (Exception, CheckpointException) as e:
-        raise ValueError(f"cannot resume from {path} ({_cause(e)})") from None
+        raise ValueError(f"cannot resume from {path} ({first_line(_met(e))})") from None
+    run.seen, run.step, run.bad = (state[name] for name in ("seen", "step", "bad"))
+    run.planned = state["config"].get("images", run.cfg.images)
     for p in run.objective.parameters(): run.optimizer.state[p]["step"].fill_(run.step)
 
 # %% ../nbs/07_train.ipynb #say1
@@ -456,7 +511,11 @@ def _say(text, **settings):
 
 # %% ../nbs/07_train.ipynb #resume1
 def _set_aside(paths):
-    for path in paths: path.replace(path.with_name(f"{path.name}.damaged-{int(time.time())}"))
+    "Rename checkpoints that can't be used; of all that were ever set aside, keep two."
+    for path in paths: path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+    aside = paths[0].parent.glob("*.damaged-*") if paths else []
+    aside = sorted(aside, key=lambda p: p.name.rsplit("-")[-1])                  # by time
+    for old in aside[:-2]: shutil.rmtree(old, ignore_errors=True)
 
 def resume(run: Run, folder: Path) -> None:
     """Read the newest whole checkpoint of a run's folder, if any, with a warning for each that is not whole.
@@ -479,16 +538,33 @@ def resume(run: Run, folder: Path) -> None:
                          "or choose another --out")
 
 # %% ../nbs/07_train.ipynb #t053
+def _is_number(value): return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+
+def _is_row(row):
+    "Say whether something that was read is a row of the log: numbers by name, and lists and tables of them."
+    if not isinstance(row, dict) or "images" not in row: return False
+    lists = [v for k, v in row.items() if isinstance(v, list) and k == "mse_by_time"]
+    lists += [[*v.values()] for k, v in row.items() if isinstance(v, dict) and k in ("speed", "captions")]
+    alone = [v for k, v in row.items() if k not in ("mse_by_time", "speed", "captions")]
+    return (len(lists) + len(alone) == len(row) and all(map(_is_number, alone))
+            and all(v is None or _is_number(v) for values in lists for v in values))
+
 def read_log(path: Path, upto: float = math.inf) -> list[dict]:
     """Read the rows of a log.jsonl up to so many images; where there is none, [].
 
-    A last line that a crash cut short is left out.
+    A last line that a crash cut short is left out, and with a warning each other that is no row.
     """
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in lines:
         try: rows.append(json.loads(line))
-        except ValueError: continue
-    return [row for row in rows if row["images"] <= upto]
+        except (ValueError, RecursionError): rows.append(None)
+    kept = [row for row in rows if _is_row(row)]
+    cut = bool(rows) and rows[-1] is None
+    if len(kept) + cut < len(rows):
+        print(f"warning: {path}: {len(rows) - len(kept)} of {len(rows)} lines are no rows, and are left out",
+              file=sys.stderr)
+    return [row for row in kept if row["images"] <= upto]
 
 # %% ../nbs/07_train.ipynb #log2
 def _running_mean(values, window=50):
@@ -502,7 +578,7 @@ def _plot_log(path, log):
     fig = Figure(figsize=(7, 4), layout="constrained")
     ax = fig.subplots()
     for part in ("mse", "freq", "repa"):
-        rows = [row for row in log if math.isfinite(row.get(part, math.nan))]
+        rows = [row for row in log if _is_number(row.get(part)) and math.isfinite(row[part])]
         if not rows: continue
         every = 1 + len(rows) // 5000                                    # of a long run: every so many rows
         images = [row["images"] for row in rows[::every]]
@@ -518,7 +594,7 @@ def _plot_log(path, log):
 # %% ../nbs/07_train.ipynb #log4
 def _numbers(row):
     "Give the numbers of a row of the log, those of its speed too."
-    return {k: v for k, v in (row | row["speed"]).items() if isinstance(v, int | float)}
+    return {k: v for k, v in (row | row.get("speed", {})).items() if isinstance(v, int | float)}
 
 def _to_tensorboard(folder):
     from torch.utils.tensorboard import SummaryWriter
@@ -529,41 +605,80 @@ def _to_tensorboard(folder):
 
 def _to_wandb(cfg, folder):
     import wandb
-    wandb.init(project="deco", dir=str(folder), config=asdict(cfg), id=folder.name, resume="allow")
-    return lambda row: wandb.log(_numbers(row), step=row["images"])
+    path = folder / "wandb-id"                                       # two folders of one name are two runs
+    if not path.exists(): write_text(path, uuid.uuid4().hex[:12])
+    wandb.init(project="deco", dir=str(folder), config=asdict(cfg), id=path.read_text("utf-8").strip(),
+               name=folder.name, resume="allow")
+    wandb.define_metric("*", step_metric="images")                   # its own steps can't go back, a run can
+    return lambda row: wandb.log(_numbers(row))
 
+@contextmanager
 def _reporters(cfg, folder):
     """Give functions of a row of the log: to log.jsonl, and where asked for to TensorBoard and W&B.
 
     Raises ValueError where a package is missing.
     """
-    file = open(folder / "log.jsonl", "a", buffering=1)              # a line is on its way when it is written
-    reporters = [lambda row: file.write(json.dumps(row) + "\n")]
-    try:
-        if cfg.tensorboard: reporters.append(_to_tensorboard(folder))
-        if cfg.wandb: reporters.append(_to_wandb(cfg, folder))
-    except ImportError as e:
-        raise ValueError(f"--tensorboard and --wandb need their packages ({e}): pip install them") from None
-    return reporters
+    path = folder / "log.jsonl"
+    with open(path, "ab", buffering=0) as file:                      # a line is on its way when it is written
+        def to_file(row):
+            try: file.write(json.dumps(row).encode() + b"\n")
+            except OSError as e: raise cannot_write(path, e) from None
+        reporters = [to_file]
+        try:
+            if cfg.tensorboard: reporters.append(_to_tensorboard(folder))
+            if cfg.wandb: reporters.append(_to_wandb(cfg, folder))
+        except ImportError as e:
+            raise ValueError(f"--tensorboard and --wandb need their packages ({e}): "
+                             "pip install them") from None
+        yield reporters
 
 # %% ../nbs/07_train.ipynb #t059
-def _write_results(run, folder, info):
-    "Write what is used elsewhere: averages with config.json, and the loss curve. Every process calls it."
+def _holds(path, model):
+    "Say whether a file holds just the weights of a model."
+    try: state = read_tensors(path)
+    except (OSError, ValueError): return False
+    own = model.state_dict()
+    return state.keys() == own.keys() and all(torch.equal(state[k], v) for k, v in own.items())
+
+def _says(path, content):
+    "Say whether a JSON file has this content, whatever it says of the settings (some may have changed)."
+    try: found = read_json(path)
+    except (OSError, ValueError): return False
+    return all(found.get(k) == v for k, v in json.loads(json.dumps(content)).items() if k != "train")
+
+def _is_newer(path, other): return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
+
+def _write_results(run, folder, info, missing=False):
+    """Write what is used elsewhere: averages with config.json, and the loss curve. Every process calls it.
+
+    missing: only what is not there, or of another moment.
+    """
+    info = info | {"images_seen": run.seen}
     for i, decay in enumerate(run.cfg.ema_decay):
         model = run.average(decay)
-        path = folder / f"model-{decay}.safetensors"
+        path = folder / (f"model-{decay}.safetensors" if i else "model.safetensors")
         def write():
-            if i == 0: save(folder, model, info | {"images_seen": run.seen})
+            said = i or _says(folder / "config.json", {"model": model.config} | info)
+            if missing and said and _holds(path, model): return
+            if i == 0: save(folder, model, info)
             else: write_atomic(path, lambda p: save_file(model.state_dict(), p))
         on_rank0(write)
-    on_rank0(lambda: _plot_log(folder / "loss.png", read_log(folder / "log.jsonl")))
 
-def _draw_grid(run, folder):
+    def plot():
+        path = folder / "loss.png"
+        if missing and _is_newer(path, checkpoints(folder)[-1] / "state.json"): return
+        _plot_log(path, read_log(folder / "log.jsonl"))
+    on_rank0(plot)
+
+def _draw_grid(run, folder, missing=False):
     """Draw 64 samples of the first average, from the same noise each time, into samples.png, and keep a copy.
 
-    Every process calls it.
+    missing: only where one of the two is not there, or another. Every process calls it.
     """
     cfg = run.cfg
+    sheet, copy = folder / "samples.png", folder / "grids" / f"{run.seen:09d}.png"
+    def drawn(): return sheet.exists() and copy.exists() and sheet.read_bytes() == copy.read_bytes()
+    if missing and on_rank0(drawn): return
     model = run.average(cfg.ema_decay[0])
     def draw():
         settings = dict(seed=cfg.seed, steps=cfg.steps, guidance=cfg.guidance, shift=cfg.sample_shift)
@@ -573,44 +688,79 @@ def _draw_grid(run, folder):
         else: labels = [i % model.num_classes for i in range(64)]
         images = sample_images(model.to(run.device), labels, cfg.size, **settings)
         grid = make_grid(images, scale=max(1, 64 // cfg.size))
-        (folder / "grids").mkdir(exist_ok=True)
-        write_picture(folder / "samples.png", grid)
-        write_picture(folder / "grids" / f"{run.seen:09d}.png", grid)
+        write_picture(sheet, grid)
+        write_picture(copy, grid)
     on_rank0(draw)
 
 # %% ../nbs/07_train.ipynb #t061
-_MAY_CHANGE = """
-    images data_root workers max_bad micro_batch recompute max_bad_steps guidance steps sample_shift
-    sample_every text_cache save_every keep keep_every log_every tensorboard wandb out device parallel
-    compile""".split()
+def recorded(folder: Path) -> dict:
+    """Read what is known of the run in a folder: its config.json, or where that is lost the last checkpoint.
+
+    {} for a run that has not begun. Raises ValueError for a config.json that is of something else.
+    """
+    path, problem = folder / "config.json", None
+    try:
+        found = read_json(path)
+        if isinstance(found.get("train"), dict):
+            begun = found.get("images_seen", 1) or checkpoints(folder) or read_log(folder / "log.jsonl")
+            return found if begun else {}
+        problem = ValueError(f"{path} is not of a run of deco.train: choose another --out")
+    except (FileNotFoundError, NotADirectoryError): pass
+    except ValueError as e: problem = e
+    for saved in reversed(checkpoints(folder)):
+        try: state = read_state(saved)
+        except (OSError, ValueError): continue
+        return state | dict(train=state["config"])
+    if problem: raise problem
+    return {}
 
 def check_same_run(folder: Path, cfg: Config) -> None:
     "Raise ValueError where the folder holds a run made with other settings, but for those that may change."
-    path = folder / "config.json"
-    if not path.exists(): return
-    before = read_json(path).get("train")
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} is not of a run of deco.train: choose another --out")
-    before = asdict(Config()) | before                 # a setting that is newer than the run: as it was
-    now = json.loads(json.dumps(asdict(cfg)))          # as the file has it
-    changed = [f"{flag(name)} {before[name]} (now {value})" for name, value in now.items()
-               if name not in _MAY_CHANGE and before[name] != value]
-    if changed:
-        raise ValueError(f"{folder} was made with {', '.join(changed)}: "
-                         "use the same settings, or another --out")
+    changes = changed_flags(recorded(folder).get("train", {}) or asdict(cfg), cfg)
+    if changes: raise ValueError(f"{folder} was made with {changes}: use the same settings, or another --out")
 
-def _warn_other_data(folder, data):
-    "Warn where the run in the folder was made with more or fewer images: their order is now another."
-    path = folder / "config.json"
-    before = sum(read_json(path).get("class_counts", [])) if path.exists() else 0
-    if before not in (0, len(data)):
-        print(f"warning: {len(data):,} images, not {before:,} as before: their order changes from here on",
-              file=sys.stderr)
+def _some(words):
+    more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return ", ".join(word[:60] for word in words[:5]) + more
+
+def check_same_data(folder: Path, data) -> None:
+    """Raise ValueError where the run in the folder was made with other classes.
+
+    Warn where it was made with more or fewer images, of all or of a class: their order is now another.
+    """
+    known = recorded(folder)
+    before, now = known.get("classes"), list(data.classes)
+    if isinstance(before, list) and before != now:
+        gone, new = ([repr(n) for n in a if n not in b] for a, b in ((before, now), (now, before)))
+        lists = [f"{kind}: {_some(names)}" for kind, names in (("gone", gone), ("new", new)) if names]
+        what = "; ".join(lists) or "another order"
+        raise ValueError(f"the data's {len(now)} classes are not the {len(before)} of the run {folder} "
+                         f"({what}): give it the same classes, or choose another --out")
+    before, counts = known.get("class_counts"), class_counts(data)
+    if not isinstance(before, list) or before == counts: return
+    moved = [f"{name}: {b} (before: {a})" for name, a, b in zip(now, before, counts) if a != b]
+    print(f"warning: {len(data):,} images, not as before ({_some(moved)}): their order changes from here on",
+          file=sys.stderr)
+
+def class_counts(data) -> list[int]:
+    "Count the images of each class."
+    return torch.bincount(data.labels, minlength=len(data.classes)).tolist()
+
+def own(folder: Path, held: ExitStack) -> None:
+    """Claim a run's folder for as long as `held` is open, and clear away what a killed run has left.
+
+    Raises ValueError saying who has it, OSError where it can't be made.
+    """
+    holder = held.enter_context(claim(folder, patience=5.0))             # one that was just killed may linger
+    if holder: raise ValueError(f"{folder} is in use by {holder}: wait for its end, or choose another --out")
+    shutil.rmtree(folder / "checkpoints" / "writing", ignore_errors=True)
+    for path in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("grids/*.[0-9]*.tmp")]:
+        with suppress(OSError): path.unlink()
 
 # %% ../nbs/07_train.ipynb #t066
 @contextmanager
 def _deferred_signals():
-    """Note Ctrl-C and SIGTERM in the list that it gives, and go on. A second one stops at once.
+    """Note Ctrl-C, SIGTERM and their like in the list that it gives, and go on. A second one stops at once.
 
     The second, which raises KeyboardInterrupt, must come 2 s after the first: under torchrun a process gets
     Ctrl-C twice, from the terminal and from torchrun.
@@ -620,11 +770,7 @@ def _deferred_signals():
         if times and time.time() - times[0] > 2:
             raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
         times.append(time.time())
-    in_main = threading.current_thread() is threading.main_thread()      # Python allows handlers there only
-    handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
-    try: yield times
-    finally:
-        for s, handler in handlers.items(): signal.signal(s, handler)
+    with on_signals(note): yield times
 
 # %% ../nbs/07_train.ipynb #t067
 def _throughput(run, clock, flops):
@@ -680,11 +826,12 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
     share = cfg.batch_size // world_size                                 # of a step's images, this process's
 
     # the log: the rows that the checkpoint knows, and then the new ones
-    log = read_log(folder / "log.jsonl", run.seen)
+    log = read_log(folder / "log.jsonl", run.seen) if rank == 0 else []
     on_rank0(lambda: write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log)))
-    reporters = _reporters(cfg, folder) if rank == 0 else []
+    reporting = _reporters(cfg, folder) if rank == 0 else nullcontext([])
     flops = flops_per_image(run.model, cfg.size)
-    seconds = log[-1]["speed"]["seconds"] if log else 0
+    speeds = [row["speed"] for row in log if isinstance(row.get("speed"), dict)]
+    seconds = max((speed.get("seconds") or 0 for speed in speeds), default=0)
     clock = dict(start=time.time() - seconds, time=time.time(), seen=run.seen, waited=0.0)
 
     # what is read, with what is drawn for it, and what is shown
@@ -699,7 +846,7 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
     if rank == 0: steps = progress(steps, say=comment)
 
     # closing ends worker processes
-    with closing(reading), closing(ready), _deferred_signals() as signals:
+    with closing(reading), closing(ready), reporting as reporters, _deferred_signals() as signals:
         for before in steps:
             asked = time.time()
             pixels, labels, draws = next(ready)
@@ -714,7 +861,7 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
                 if run.text_encoder: row["captions"] = run.text_encoder.counts
                 for report in reporters: report(row)
             if last or _passed(cfg.save_every, before, run.seen):
-                save_checkpoint(run, folder)
+                save_checkpoint(run, folder, info)
                 _write_results(run, folder, info)
             if done or _passed(cfg.sample_every, before, run.seen): _draw_grid(run, folder)
             if stop: break
@@ -743,31 +890,60 @@ def _title(run, data):
 
 def _run_info(run, data):
     "Give what config.json says of a run, for those who draw with its model."
-    counts = torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    info = dict(train=asdict(run.cfg), classes=data.classes, class_counts=counts, size=run.cfg.size)
+    info = dict(train=asdict(run.cfg), classes=data.classes, class_counts=class_counts(data),
+                size=run.cfg.size)
     if run.text_encoder: info |= dict(text=run.text, prompts=run.grid_prompts)
     return info
 
-def _resume_or_start(cfg, folder, device):
-    "Bring the run of `cfg` from where it stands to its end."
+def _warn_other_length(run, folder):
+    "Warn where what the run has seen was trained for another length, and so with other learning rates."
+    cfg, past = run.cfg, replace(run.cfg, images=run.planned)
+    every = cfg.batch_size * max(1, run.seen // cfg.batch_size // 1000)
+    steps = [*range(0, run.seen, every), run.seen - cfg.batch_size]
+    if run.seen >= cfg.images + cfg.batch_size:
+        _say(f"warning: {folder} has seen {run.seen:,} images, more than --images {cfg.images:,}, and stays "
+             "as it is: for fewer, choose another --out", file=sys.stderr)
+    elif run.seen and any(learning_rate(k, past) != learning_rate(k, cfg) for k in steps):
+        _say(f"warning: its {run.seen:,} images were trained for --images {run.planned:,}, with other "
+             f"learning rates: the weights are not those of one run of --images {cfg.images:,}; for those, "
+             "choose another --out", file=sys.stderr)
+
+def _take_up(run, folder, info):
+    "Before the first step keep the settings; later make what a run that was stopped has not left."
+    cfg = run.cfg
+    if not run.seen:
+        content = {"model": run.model.config} | info | {"images_seen": 0}
+        on_rank0(lambda: write_text(folder / "config.json", json.dumps(content, indent=2)))
+        return
+    _write_results(run, folder, info, missing=True)
+    due = run.seen >= cfg.images or _passed(cfg.sample_every, run.seen - cfg.batch_size, run.seen)
+    if due: _draw_grid(run, folder, missing=True)
+
+def _resume_or_start(cfg, folder, device, held):
+    "Bring the run of `cfg` from where it stands to its end. held: is open while the run's folder is claimed."
     on_rank0(lambda: check_same_run(folder, cfg))
     data = _open_data(cfg)
-    on_rank0(lambda: _warn_other_data(folder, data))
+    on_rank0(lambda: check_same_data(folder, data))
     run = Run(cfg, len(data.classes), device)
-    on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    on_rank0(lambda: own(folder, held))
+    on_rank0(lambda: check_same_run(folder, cfg))                        # another may have begun it meanwhile
     resume(run, folder)
     run.prepare(data)
+    info = _run_info(run, data)
+    _warn_other_length(run, folder)
+    _take_up(run, folder, info)
 
     _say(_title(run, data))
     if cfg.text:
         counts = ", ".join(f"{n:,} {kind}" for kind, n in run.text_encoder.counts.items())
         _say(f"captions embedded so far: {counts}")
     if run.seen >= cfg.images:
-        _say(f"{folder} is done: {run.seen:,} images seen. For more: --images {2 * run.seen}")
+        elsewhere = " and another --out" if cfg.warmup or cfg.decay else ""      # the rate has fallen
+        _say(f"{folder} is done: {run.seen:,} images seen. For more: --images {2 * run.seen}{elsewhere}")
         return
     if run.seen: _say(f"resuming after {run.seen:,} images")
     _say(f"sample grid: {folder / 'samples.png'}, drawn anew every {cfg.sample_every:,} images", flush=True)
-    loop(run, data, folder, _run_info(run, data))
+    loop(run, data, folder, info)
 
 def train(cfg: Config) -> Path:
     """Train, or resume, the run that `cfg` describes; return its folder. Every process of torchrun calls it.
@@ -779,7 +955,7 @@ def train(cfg: Config) -> Path:
     torch.set_float32_matmul_precision("high")                           # TF32 on GPUs that have it
     device = pick_device(cfg.device)
     folder = Path(cfg.out)
-    with process_group(device): _resume_or_start(cfg, folder, device)
+    with process_group(device), ExitStack() as held: _resume_or_start(cfg, folder, device, held)
     return folder
 
 # %% ../nbs/07_train.ipynb #t074
@@ -794,11 +970,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     folder = train(cfg)
     if dist_info().rank: return
-    made = ("samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl")
-    print("made:", *(f"  {folder / name}" for name in made), sep="\n")
-    choice = "--classes 0,1,2,3"
-    if cfg.text: choice = f"--prompt {shlex.quote(read_json(folder / 'config.json')['prompts'][0])}"
-    print(f"next:\n  python -m deco.sample {folder} {choice} --seed 1 --out grid.png\n"
+    names = ("samples.png", "loss.png", "model.safetensors", "config.json", "log.jsonl")
+    made = [folder / name for name in names if (folder / name).exists()]
+    print("made:", *(f"  {path}" for path in made), sep="\n")
+    info = read_json(folder / "config.json")
+    choice = f"--classes {','.join(map(str, range(min(4, len(info['classes'])))))}"
+    if cfg.text: choice = f"--prompt {shlex.quote(info['prompts'][0])}"
+    print(f"next:\n  python -m deco.sample {shlex.quote(str(folder))} {choice} --seed 1 --out grid.png\n"
           "  python -m deco.train --help")
 
 if __name__ == "__main__" and "__file__" in globals(): run_command(main)

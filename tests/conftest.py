@@ -15,6 +15,7 @@ def run(command, *argv) -> str:
     try: run_command(lambda: command.main([str(a) for a in argv]))
     except SystemExit as e:
         assert e.code not in (0, None)
+        if isinstance(e.__cause__, KeyboardInterrupt): return str(e.__cause__)          # it was stopped
         assert "\n" not in str(e.code), "more than one line"
         return str(e.code)
     return ""

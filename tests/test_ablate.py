@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import run
 from deco import ablate
-from deco.ablate import Ablation, ratios, read_tidy, run_lock, run_table, summarize
+from deco.ablate import Ablation, CLAIM, ratios, read_tidy, run_table, summarize
 from deco.config import check, Config
 from deco.config import parse as train_settings
+from deco.core import claim
 from deco.train import noise_times_coins, Run, update
 
 WEIGHTS = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
@@ -37,7 +38,7 @@ def test_a_table(photos, tmp_path):
     assert all(r["images"] == 8 and r["blockiness"] > 0 for r in rows)
     for row in ("dit", "deco"):
         folder = tmp_path / "runs" / f"{row}-0"
-        settings = json.loads((folder / "config.json").read_text())["train"]
+        settings = json.loads((folder / "config.json").read_text("utf-8"))["train"]
         assert all(settings[k] == v for k, v in ablate.ROWS[row].items())
         assert (folder / "samples.png").exists()
     assert (tmp_path / "data" / "table1.png").exists()
@@ -83,8 +84,8 @@ def test_resumes(photos, tmp_path, monkeypatch):
 def test_two_processes_share(photos, tmp_path, capsys):
     "A run that another process has claimed is left to it."
     command = small(photos, tmp_path, "dit", "deco")
-    with run_lock(tmp_path / "runs" / "dit-0") as free:
-        assert free
+    with claim(tmp_path / "runs" / "dit-0", CLAIM) as holder:
+        assert holder == ""
         assert run(ablate, *command) == ""
     rows = read_tidy(tmp_path / "data" / "table1.csv")
     assert [r["row"] for r in rows] == ["deco"]
@@ -92,13 +93,18 @@ def test_two_processes_share(photos, tmp_path, capsys):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     "A process that is killed keeps nothing: its run can be claimed again."
-    code = ("import sys, time; from pathlib import Path; from deco.ablate import run_lock\n"
-            "with run_lock(Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline().strip() == "True"
-        with run_lock(tmp_path) as free: assert not free
+    code = ("import os, sys, time; from pathlib import Path; from deco.core import claim\n"
+            "with claim(Path(sys.argv[1])) as holder:\n"
+            "    if os.fork(): print(repr(holder), flush=True)\n"
+            "    time.sleep(60)")
+    command = [sys.executable, "-c", code, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as other:
+        assert other.stdout.readline().strip() == "''"
+        with claim(tmp_path) as holder: assert holder.startswith(f"process {other.pid} on ")
         other.kill()
-    with run_lock(tmp_path) as free: assert free
+        other.wait()
+        with claim(tmp_path) as holder: assert holder == ""          # its child lives, and has not the lock
+        other.stdout.close()
 
 
 def test_lock_without_fcntl(tmp_path, monkeypatch):
@@ -109,7 +115,7 @@ def test_lock_without_fcntl(tmp_path, monkeypatch):
         locked.append((mode, length))
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
-    with run_lock(tmp_path) as first, run_lock(tmp_path) as second: assert first and not second
+    with claim(tmp_path) as first, claim(tmp_path) as second: assert not first and "process" in second
     assert locked == [(2, 1)]
 
 
@@ -161,7 +167,7 @@ def test_summary(tmp_path):
             for name, values in (("a", (1.0, 3.0)), ("b", (2.0, 3.0)))
             for s, value in enumerate(values) for n in (1, 2)]
     ablate.write_tidy(tmp_path / "t.csv", rows)
-    with open(tmp_path / "t.csv") as f: assert len(list(csv.reader(f))) == 9
+    with open(tmp_path / "t.csv", encoding="utf-8") as f: assert len(list(csv.reader(f))) == 9
     assert read_tidy(tmp_path / "t.csv") == rows
     a, b = summarize(rows)
     assert a["fid"] == (4.0, statistics.stdev([2, 6])) and b["seeds"] == 2

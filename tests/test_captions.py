@@ -170,6 +170,6 @@ def test_a_run_on_shards(tmp_path):
                "--max-bad", 0.5, "--out", tmp_path / "run"]
     assert run(training, *command, "--workers", 2) == ""
     assert run(training, *command, "--images", 96, "--text-cache", 0) == ""
-    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()[-1])
     assert row["images"] == 96 and row["captions"]["empty"] >= 1
     assert "no caption" in run(training, *command[:-3], "0.01", "--out", tmp_path / "strict")

@@ -24,7 +24,7 @@ from deco.metrics import Classifier
 def evaluate(*argv) -> str: return run(evaluation, *argv)
 
 
-def report(folder): return json.loads((folder / "report.json").read_text())
+def report(folder): return json.loads((folder / "report.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_report(done):
     assert 100 < r["peak_memory_mb"] < 10_000
     assert any("12 generated images for 128 features" in n for n in r["notes"])
     assert r["versions"]["torch"] == torch.__version__
-    page = (out / "report.md").read_text()
+    page = (out / "report.md").read_text("utf-8")
     for key in ("seed", "guidance", "interval", "ema_decay", "labels", "steps", "solver", "extractor",
                 "reference", "N"):
         assert f"\n| {key} | " in page, key
@@ -114,7 +114,8 @@ def test_one_call_is_the_command(done, quick, weights, tmp_path):
     assert [a[k] for k in ("metrics", "settings", "spectra", "notes")] == \
         [b[k] for k in ("metrics", "settings", "spectra", "notes")]
     assert evaluate(*words[3:]) == "" and report(tmp_path / "a b")["drawn_now"] == 0
-    assert compare_reports(tmp_path / "a b", tmp_path / "b", tmp_path).read_text().count("| seed |") == 1
+    page = compare_reports(tmp_path / "a b", tmp_path / "b", tmp_path).read_text("utf-8")
+    assert page.count("| seed |") == 1
 
 
 @pytest.mark.parametrize("settings", [
@@ -172,7 +173,7 @@ def test_given_images(done, weights, tmp_path):
 def test_comparison(done, quick, weights, tmp_path):
     assert evaluate(done, *quick, "--guidance", 1, "--out", tmp_path / "plain") == ""
     assert evaluate("--compare", done, tmp_path / "plain" / "report.json", "--out", tmp_path / "both") == ""
-    page = (tmp_path / "both" / "compare.md").read_text()
+    page = (tmp_path / "both" / "compare.md").read_text("utf-8")
     a, b = report(done / "evaluation"), report(tmp_path / "plain")
     assert "| guidance | 3 | 1 |" in page and f"| {b['metrics']['fid'] - a['metrics']['fid']:.4g} |" in page
     assert Image.open(tmp_path / "both" / "compare.png").width > 500
@@ -185,13 +186,13 @@ def test_comparison(done, quick, weights, tmp_path):
     assert not (tmp_path / "no").exists()
     for key, value in (("extractor", "inception 6726825d"),
                        ("reference", dict(name="other", n=16, fingerprint="16x16x16-00"))):
-        (tmp_path / "edited.json").write_text(json.dumps(a | {key: value}))
+        (tmp_path / "edited.json").write_text(json.dumps(a | {key: value}), "utf-8")
         assert f"differ in {key} (" in evaluate("--compare", done, tmp_path / "edited.json")
     unknown = a | dict(settings=dict(samples="theirs.npz", size=a["settings"]["size"]))
-    (tmp_path / "edited.json").write_text(json.dumps(unknown))
+    (tmp_path / "edited.json").write_text(json.dumps(unknown), "utf-8")
     assert evaluate("--compare", done, tmp_path / "edited.json", "--out", tmp_path / "odd") == ""
-    assert "> Note: labels" in (tmp_path / "odd" / "compare.md").read_text()
-    (tmp_path / "edited.json").write_text("{}")
+    assert "> Note: labels" in (tmp_path / "odd" / "compare.md").read_text("utf-8")
+    (tmp_path / "edited.json").write_text("{}", "utf-8")
     assert "no report" in evaluate("--compare", done, tmp_path / "edited.json")
     assert "no report.json in" in evaluate("--compare", done, tmp_path / "nowhere")
 
@@ -256,9 +257,9 @@ def test_the_encoder_trained_on_must_not_judge(done, quick, tmp_path):
     "A note where the run's repa is the extractor, by its name; none for another encoder."
     for name, expected in (("classifier", True), ("dinov2-b", False)):
         shutil.copytree(done, tmp_path / name, ignore=shutil.ignore_patterns("evaluation"))
-        info = json.loads((done / "config.json").read_text())
+        info = json.loads((done / "config.json").read_text("utf-8"))
         info["train"]["repa"] = name
-        (tmp_path / name / "config.json").write_text(json.dumps(info))
+        (tmp_path / name / "config.json").write_text(json.dumps(info), "utf-8")
         assert evaluate(tmp_path / name, *quick) == ""
         notes = report(tmp_path / name / "evaluation")["notes"]
         assert any("must not judge" in note for note in notes) == expected

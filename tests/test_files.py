@@ -211,7 +211,7 @@ def test_errors(name, size, error, folder, tmp_path):
 def test_folder_is_as_in_memory(folder, tmp_path):
     (folder / "b" / "deeper").mkdir()
     (folder / "b" / "deeper" / "z.JPEG").write_bytes(encoded(picture(99), "JPEG"))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture", "utf-8")
     (folder / "top.webp").write_bytes(encoded(picture(98), "WEBP"))
     os.rename(folder / "a" / "000.png", folder / "a" / os.fsdecode(b"\xff\xc3\xa9 .png"))          # not UTF-8
     lazy, eager = Files(folder, 16, tmp_path), image_folder(folder, 16)
@@ -448,7 +448,8 @@ next(stream)
 if len(sys.argv) > 1: raise KeyboardInterrupt
 """
     for flag, code_at_end in ((), 0), (("stop",), -signal.SIGINT):
-        done = subprocess.run([sys.executable, "-c", code, *flag], capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-c", code, *flag]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
         assert done.returncode == code_at_end, done.stderr
 
 
@@ -482,7 +483,7 @@ def test_workers_share_the_set():
     stream = batches(images, 0, 0, n, 100, workers=2)
     for _ in range(250): next(stream)
     for p in multiprocessing.active_children():
-        lines = Path(f"/proc/{p.pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{p.pid}/smaps_rollup").read_text("utf-8").splitlines()
         private = sum(int(line.split()[1]) for line in lines if line.startswith("Private"))         # kB
         assert private * 1024 < images.pixels.nbytes / 2
     stream.close()

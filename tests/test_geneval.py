@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def prompts(tmp_path):
-    (tmp_path / "g.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES), "utf-8")
     (tmp_path / "d").mkdir()
     for name, text in TEXTS.items(): (tmp_path / "d" / f"{name}.txt").write_text(text, encoding="utf-8")
     return tmp_path
@@ -46,7 +46,7 @@ def as_geneval(root):
     sizes = {}
     for name in os.listdir(root):
         if not (root / name).is_dir() or not name.isdigit(): continue
-        with open(root / name / "metadata.jsonl") as f: metadata = json.load(f)
+        with open(root / name / "metadata.jsonl", encoding="utf-8") as f: metadata = json.load(f)
         samples = root / name / "samples"
         pictures = [p for p in os.listdir(samples) if re.match(r"\d+\.png", p)]
         sizes[metadata["prompt"]] = [Image.open(samples / p).size for p in pictures]
@@ -71,7 +71,7 @@ def test_geneval(model, prompts):
     assert run(geneval, *command, "--check") == ""
     for ignored in (["--num-images", 8], ["--prompt", "x"], ["--labels", "random"]):
         assert ignored[0] in run(geneval, *command, *ignored)
-    settings = json.loads((prompts / "out" / "samples.json").read_text())
+    settings = json.loads((prompts / "out" / "samples.json").read_text("utf-8"))
     assert settings["classes"] == [line["prompt"] for line in LINES] and settings["num"] == 1
 
 
@@ -104,7 +104,7 @@ def test_ranks_share_the_prompts(model, prompts):
     assert run(geneval, *command, "--out", alone) == ""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, "-m", "deco.geneval", *map(str, command), "--out", both],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert contents(alone) == contents(both)
 
@@ -115,7 +115,7 @@ def test_problems(prompts):
     assert problems(root, items, 2, 8) == []
     assert len(problems(root, items, 3, 8)) == 2 and len(problems(root, items, 2, 9)) == 4
     (root / "stray.png").write_bytes(b"")
-    (root / "00000" / "metadata.jsonl").write_text("{}")
+    (root / "00000" / "metadata.jsonl").write_text("{}", "utf-8")
     (root / "00001" / "samples" / "00001.png").write_bytes(b"\x89PNG")
     text = " ".join(problems(root, items, 2, 8))
     assert "stray.png does not belong" in text
@@ -126,7 +126,7 @@ BROKEN = ["a photo", '{"tag": "x"}', '{"prompt": "", "tag": "x"}', '{"prompt": 5
 
 @pytest.mark.parametrize("content", BROKEN)
 def test_broken_lines(content, tmp_path, model):
-    (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]) + "\n" + content)
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINES[0]) + "\n" + content, "utf-8")
     assert "line 2" in run(geneval, model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "o")
 
 
@@ -135,7 +135,7 @@ def test_broken_files(tmp_path, model):
     def complaint(path): return run(geneval, model, "--prompts", path, "--out", tmp_path / "o")
     folder.mkdir()
     assert "no .txt" in complaint(folder) and "give GenEval's" in complaint(file)
-    (folder / "a.txt").write_text(" ")
+    (folder / "a.txt").write_text(" ", "utf-8")
     assert "a.txt is empty" in complaint(folder)
     (folder / "a.txt").write_bytes(b"\xff")
     assert "a.txt is not UTF-8" in complaint(folder)

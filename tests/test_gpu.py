@@ -41,9 +41,9 @@ def report(out: Path, *flags) -> tuple[int, dict]:
     "Rehearse; the exit code and the report."
     command = [sys.executable, TOOL, "--rehearse", "--out", out, *flags]
     done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
     assert (out / "gpu.md").exists(), done.stderr[-2000:]
-    return done.returncode, json.loads((out / "gpu.json").read_text())
+    return done.returncode, json.loads((out / "gpu.json").read_text("utf-8"))
 
 
 def test_rehearsal(tmp_path):
@@ -55,7 +55,7 @@ def test_rehearsal(tmp_path):
 
 
 def test_a_fault_in_each_part(tmp_path):
-    (tmp_path / "faults.py").write_text(FAULTS)
+    (tmp_path / "faults.py").write_text(FAULTS, "utf-8")
     code, found = report(tmp_path, "--first", tmp_path / "faults.py", "--limit", 25)
     assert code == 1
     bad = {}
@@ -66,4 +66,4 @@ def test_a_fault_in_each_part(tmp_path):
                            sampling="out of memory", text="out of memory", profile="no end within 25 s",
                            whole="no torchrun", picture="loss nan").items():
         assert any(word.lower() in text.lower() for text in bad[part]), (part, bad[part])
-    assert "**NO**" in (tmp_path / "gpu.md").read_text()
+    assert "**NO**" in (tmp_path / "gpu.md").read_text("utf-8")

@@ -23,7 +23,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def start_two(*argv) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    return subprocess.Popen([*TORCHRUN, *map(str, argv)], stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
+    command = [*TORCHRUN, *map(str, argv)]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", env=ONE_THREAD)
 
 
 def two(*argv, script=("-m", "deco.train")) -> str:
@@ -39,7 +40,8 @@ def two(*argv, script=("-m", "deco.train")) -> str:
 
 def alone(*argv) -> str:
     "A script in a process of its own; what it prints."
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=ONE_THREAD)
+    command = [sys.executable, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -163,7 +163,7 @@ def test_rehearsal(precision, ranks=24):
     code = ("import json, rehearse; "
             f"print(json.dumps(rehearse.rehearse({named('deco-toy')}, 32, {ranks}, {precision!r})))")
     tools = Path(__file__).parent.parent / "tools"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tools)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tools)
     row = json.loads(done.stdout.splitlines()[-1])
     m = memory(named("deco-toy"), 32, 1, parallel="fsdp", gpus=ranks)
     c = communication(named("deco-toy"), precision=precision, parallel="fsdp", gpus=ranks)

@@ -35,15 +35,15 @@ def trained(tmp_path):
 
 def edit(folder, **changes):
     "Change entries of a config.json; None takes one away."
-    info = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in info.items() if v is not None}))
+    info = json.loads((folder / "config.json").read_text("utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in info.items() if v is not None}), "utf-8")
 
 
 def command(folder, out, *flags) -> str:
     return run(sampling, folder, "--num-images", 6, "--steps", 2, "--out", out, *flags)
 
 
-def settings_of(folder) -> dict: return json.loads((folder / "samples.json").read_text())
+def settings_of(folder) -> dict: return json.loads((folder / "samples.json").read_text("utf-8"))
 
 
 def pictures(folder) -> list[bytes]: return [p.read_bytes() for p in sorted(folder.glob("*.png"))]
@@ -104,7 +104,7 @@ def test_labels_in_the_shares_of_the_data(trained, tmp_path):
 
 def test_the_shift_is_that_of_the_run(trained, tmp_path):
     "By default; a run that does not say has 1, and what is asked for goes first."
-    train = json.loads((trained / "config.json").read_text())["train"]
+    train = json.loads((trained / "config.json").read_text("utf-8"))["train"]
     for name, changes, flags, shift in (("a", {}, [], 1.0), ("b", dict(sample_shift=2.5), [], 2.5),
                                         ("c", dict(sample_shift=2.5), ["--shift", "3"], 3.0)):
         edit(trained, train=train | changes)
@@ -177,7 +177,7 @@ def test_a_set_of_before_is_continued(trained, tmp_path):
         order=2, guidance=3.0, interval=[0.0, 1.0], shift=1.0, weak=None)
     assert command(trained, tmp_path / "a") == ""
     before = pictures(tmp_path / "a")
-    (tmp_path / "a" / "samples.json").write_text(json.dumps(settings))
+    (tmp_path / "a" / "samples.json").write_text(json.dumps(settings), "utf-8")
     (tmp_path / "a" / "000003.png").unlink()
     assert command(trained, tmp_path / "a") == "" and pictures(tmp_path / "a") == before
     assert list(settings_of(tmp_path / "a").items()) == list(settings.items())

@@ -63,7 +63,7 @@ def test_score_run_is_the_command(tmp_path, capsys):
     path = tmp_path / "s.json"
     flags = ["--per-task", 2, "--steps", 2, "--guidance", 1, 3, "--out", path, "--device", "cpu"]
     assert run(module, "scenes-toy", *flags) == ""
-    assert json.loads(path.read_text()) == rows
+    assert json.loads(path.read_text("utf-8")) == rows
     printed = capsys.readouterr().out
     assert printed.count("never seen") == 2 and "color_attr" in printed
     for line in lines:

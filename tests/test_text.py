@@ -214,13 +214,13 @@ def test_null_is_the_empty_prompt(tmp_path):
 
 
 def test_a_run(captions_run):
-    info = json.loads((captions_run / "config.json").read_text())
+    info = json.loads((captions_run / "config.json").read_text("utf-8"))
     assert info["text"] == dict(name="minilm", length=32, official=False) and len(info["prompts"]) == 64
-    last = json.loads((captions_run / "log.jsonl").read_text().splitlines()[-1])
+    last = json.loads((captions_run / "log.jsonl").read_text("utf-8").splitlines()[-1])
     assert last["captions"]["prompts"] > 2000
     command = [sys.executable, "-m", "deco.train", "--preset", "openmoji-text", "--smoke",
                "--out", captions_run, "--data-root", info["train"]["data_root"]]
-    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout
     assert "is done" in printed
     assert f"--prompt '{info['prompts'][0]}' --seed 1" in printed   # the next command, in words that it knows
     assert "--text minilm (now )" in run(training, "--preset", "openmoji", "--smoke", "--out", captions_run)
@@ -233,9 +233,9 @@ def test_two_processes_learn_the_same(tmp_path):
     losses = {}
     for n, launcher in ((1, []), (2, torchrun)):
         command = [sys.executable, *launcher, *train, "--out", tmp_path / str(n)]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
         assert process.returncode == 0, process.stderr[-2000:]
-        rows = (tmp_path / str(n) / "log.jsonl").read_text().splitlines()
+        rows = (tmp_path / str(n) / "log.jsonl").read_text("utf-8").splitlines()
         losses[n] = [json.loads(row)["loss"] for row in rows]
     assert losses[1] == pytest.approx(losses[2], rel=1e-4)
 
@@ -246,7 +246,7 @@ def test_drawing(captions_run, tmp_path):
         return run(sampling, captions_run, *few, "--out", tmp_path / out, *flags)
     assert draw("a.png", "--prompt", "red heart", "sun") == ""
     assert draw("b", "--prompt", "red heart", "--negative", "blue") == ""
-    assert json.loads((tmp_path / "b" / "samples.json").read_text())["negative"] == "blue"
+    assert json.loads((tmp_path / "b" / "samples.json").read_text("utf-8"))["negative"] == "blue"
     assert "negative blue (now )" in draw("b", "--prompt", "red heart")
     assert "--classes" in draw("c.png", "--classes", "0")
     assert draw("wide", "--prompt", "sun", "--size", 16, 32) == ""

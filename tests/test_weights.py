@@ -41,7 +41,8 @@ def outputs(model):
 def files(folder: Path) -> dict: return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def header(folder: Path) -> dict: return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+def header(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text("utf-8").split("---\n")[1])
 
 
 @pytest.fixture
@@ -82,14 +83,14 @@ def test_official(tmp_path):
 def test_newer_model_of_an_older_info(saved):
     "An info of another model's config.json, \"model\" and all: the model's own configuration is written."
     other = create("deco-tiny", num_classes=5)
-    other.save_pretrained(saved, json.loads((saved / "config.json").read_text()))
+    other.save_pretrained(saved, json.loads((saved / "config.json").read_text("utf-8")))
     assert DeCo.from_pretrained(saved).num_classes == 5
 
 
 # --- the card
 
 def test_card(saved):
-    text, model = (saved / "README.md").read_text(), tiny()
+    text, model = (saved / "README.md").read_text("utf-8"), tiny()
     tags = ["class-conditional", "flow-matching", "model_hub_mixin", "pixel-diffusion"]
     assert header(saved) == dict(library_name="deco", license="mit", tags=tags)
     config = [f"| {k} | {v:g} |" for k, v in model.config.items() if not isinstance(v, (bool, str))]
@@ -111,7 +112,7 @@ def test_card_says_what_kind_of_model_it_is(kind, title):
 
 def test_card_says_what_is_unknown(tmp_path):
     tiny().save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text("utf-8")
     assert "Not recorded." in text and "None were measured." in text and "license" not in header(tmp_path)
     assert "CC BY-SA 4.0" in hub.card(tiny(), dict(train=dict(data="openmoji")))
     assert "| fid \\| x | 1 2 |" in hub.card(tiny(), dict(metrics={"fid | x": "1\n2"}))
@@ -121,7 +122,7 @@ def test_card_says_what_is_unknown(tmp_path):
 def test_lines_of_the_card_run(kind, tmp_path, monkeypatch):
     sampling = dict(guidance=3.0, steps=2, interval=[0.1, 1.0])
     tiny(kind).save_pretrained(tmp_path, INFO | dict(sampling=sampling))
-    lines = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = (tmp_path / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
     assert len(lines.splitlines()) == 4 and "interval=(0.1, 1.0)" in lines
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
@@ -136,7 +137,7 @@ def test_numbers_of_a_report(saved):
                   settings=settings)
     (saved / "evaluation").mkdir()
     path = saved / "evaluation" / "report.json"
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps(report), "utf-8")
     assert DeCo.from_pretrained(saved).info["metrics"] == INFO["metrics"]
     DeCo.from_pretrained(saved).save_pretrained(saved, {})                                # the same weights
     numbers = dict(fid=3.5, images=64, extractor="e 1", reference="data", guidance=2.0)
@@ -146,16 +147,16 @@ def test_numbers_of_a_report(saved):
         assert "metrics" not in DeCo.from_pretrained(saved).info
     incomplete = '{"metrics": 3, "n": 1, "extractor": "", "reference": {"name": ""}, "settings": {}}'
     for text in ("{", "{}", incomplete):
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         with pytest.raises(ValueError, match="report.json"): DeCo.from_pretrained(saved)
 
 
 def test_card_is_new_unless_written_by_hand(saved):
     tiny().save_pretrained(saved, INFO | dict(metrics=dict(fid=1.5)))
-    assert "| fid | 1.5 |" in (saved / "README.md").read_text()
-    (saved / "README.md").write_text("mine")
+    assert "| fid | 1.5 |" in (saved / "README.md").read_text("utf-8")
+    (saved / "README.md").write_text("mine", "utf-8")
     with pytest.warns(UserWarning, match="README.md is no card"): tiny().save_pretrained(saved, INFO)
-    assert (saved / "README.md").read_text() == "mine" and DeCo.from_pretrained(saved).info == INFO
+    assert (saved / "README.md").read_text("utf-8") == "mine" and DeCo.from_pretrained(saved).info == INFO
 
 
 # --- failures
@@ -191,7 +192,7 @@ def test_foreign_folders(saved):
     "Another library's config.json, broken ones, missing and foreign weights: the file is named."
     whole = files(saved)
     for text in ('{"model_type": "bert"}', '{"model": {"width": "wide"}}', "[1]", "{"):
-        (saved / "config.json").write_text(text)
+        (saved / "config.json").write_text(text, "utf-8")
         with pytest.raises(ValueError, match="config.json"): DeCo.from_pretrained(saved)
     (saved / "config.json").write_bytes(whole["config.json"])
     (saved / "model.safetensors").write_bytes(whole["model.safetensors"][:5000])
@@ -285,7 +286,7 @@ def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
     assert Path("a.png").exists()
     (tmp_path / name / "evaluation").mkdir(parents=True)                      # what deco.evaluate leaves
     assert torch.equal(deco.load(name)[0].patch_embed.weight, model.patch_embed.weight)
-    (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / name / "config.json").write_text("{}", "utf-8")
     with pytest.raises(FileNotFoundError, match="model.safetensors"): deco.DeCo.from_pretrained(name)
     for outside in ("..", ".", "", "weights"):
         with pytest.raises(OSError): deco.load(outside)
@@ -311,7 +312,7 @@ def test_a_model_of_prompts(tmp_path):
     model = deco.create("deco-tiny", text_width=384, text_length=16)
     info = dict(text=dict(name="minilm", length=16), prompts=["red heart", "sun"], size=16)
     model.save_pretrained(tmp_path, info)
-    card, again = (tmp_path / "README.md").read_text(), deco.DeCo.from_pretrained(tmp_path)
+    card, again = (tmp_path / "README.md").read_text("utf-8"), deco.DeCo.from_pretrained(tmp_path)
     assert "text-to-image" in card and "class-conditional" not in card
     assert "sample_prompts" in card and "minilm" in card
     encoder = deco.TextEncoder(**again.info["text"])

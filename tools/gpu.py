@@ -474,14 +474,14 @@ def shards(folder: Path, num: int, size: int) -> None:
 
 def log_rows(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def run_train(arguments: list, launcher: list, until: int = 0) -> tuple[int, str]:
     "Train in a process of its own; with `until`, ask it to stop once its log has so many rows."
     command = [*launcher, "-m", "deco.train", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
                                env=environment)
     if until:
         folder = Path(arguments[arguments.index("--out") + 1])

@@ -39,7 +39,7 @@ def end(out: Path) -> dict[str, torch.Tensor]:
 
 def log(out: Path) -> list[dict]:
     "The rows of the run's log without what differs from run to run."
-    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    rows = map(json.loads, (out / "log.jsonl").read_text("utf-8").splitlines())
     return [{k: v for k, v in row.items() if k != "speed"} for row in rows]
 
 
@@ -84,7 +84,7 @@ def main():
         result |= dict(tensors=len(end(killed)), identical=same(killed, undisturbed))
     result |= dict(seed=args.seed, seconds=round(time.time() - start))
     print(json.dumps(result))
-    if args.out: Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    if args.out: Path(args.out).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     sys.exit(not result["identical"])
 
 

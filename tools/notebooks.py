@@ -180,8 +180,8 @@ def render_readme() -> str:
 def readme(check: bool) -> None:
     "Write README.md, or end with a complaint where it is not what index.ipynb gives."
     path, text = ROOT / "README.md", render_readme()
-    if not check: path.write_text(text)
-    elif path.read_text() != text:
+    if not check: path.write_text(text, "utf-8")
+    elif path.read_text("utf-8") != text:
         sys.exit("README.md is not what nbs/index.ipynb gives: run `python tools/notebooks.py readme`")
 
 

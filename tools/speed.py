@@ -148,7 +148,7 @@ def bench_toy(name: str, rounds: int) -> dict:
 def alone(job: str, rounds: int) -> dict:
     "The result of a job that has a process of its own."
     command = [sys.executable, __file__, job, "--rounds", str(rounds)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def main():
@@ -167,7 +167,7 @@ def main():
     else: result["toy"] = bench_toy("deco-toy", 10 * args.rounds)
     result["matmul_GFLOPs"] = matmul_rate() / 1e9
     print(json.dumps(result, indent=1))
-    if args.out: args.out.write_text(json.dumps(result, indent=1))
+    if args.out: args.out.write_text(json.dumps(result, indent=1), "utf-8")
 
 
 if __name__ == "__main__": main()
