@@ -9,6 +9,7 @@ __all__ = ['Objective', 'losses', 'total_loss', 'learning_rate', 'ema_update', '
 # %% ../nbs/07_train.ipynb #t002
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -34,7 +35,7 @@ from .core import (all_reduce, cannot_write, claim, dist_info, fill, first_line,
                        read_json, read_tensors, reader_processes, run_command, traits, write_atomic,
                        write_figure, write_picture, write_text)
 from .data import epoch_indices, make_grid, to_float
-from .datasets import examples, open_data
+from .datasets import examples, NAMED, open_data
 from .dct import frequency_loss
 from .dit import DiT
 from .files import batches
@@ -859,6 +860,7 @@ def loop(run: Run, data, folder: Path, info: dict) -> None:
             if last or _passed(cfg.log_every * cfg.batch_size, before, run.seen):
                 row["speed"] = _throughput(run, clock, flops)
                 if run.text_encoder: row["captions"] = run.text_encoder.counts
+                if left_out := _left_out(data): row["left_out"] = left_out
                 for report in reporters: report(row)
             if last or _passed(cfg.save_every, before, run.seen):
                 save_checkpoint(run, folder, info)
@@ -888,10 +890,17 @@ def _title(run, data):
     return (f"{cfg.model}: {parameter_count(run.model):,} parameters on {run.device}{processes}; "
             f"{len(data):,} images {kind}; REPA {cfg.repa if run.teacher else 'off'}")
 
+def _left_out(data):
+    "Count what of the data is not trained on, by kind: what was passed over, and pictures that are replaced."
+    counts = dict(getattr(data, "left_out", {}))
+    if bad := getattr(data, "bad", {}): counts["bad pictures"] = len(bad)
+    return counts
+
 def _run_info(run, data):
     "Give what config.json says of a run, for those who draw with its model."
     info = dict(train=asdict(run.cfg), classes=data.classes, class_counts=class_counts(data),
                 size=run.cfg.size)
+    if run.cfg.data not in NAMED: info["source"] = os.path.abspath(run.cfg.data)         # also from elsewhere
     if run.text_encoder: info |= dict(text=run.text, prompts=run.grid_prompts)
     return info
 
@@ -974,7 +983,9 @@ def main(argv: list[str] | None = None) -> None:
     made = [folder / name for name in names if (folder / name).exists()]
     print("made:", *(f"  {path}" for path in made), sep="\n")
     info = read_json(folder / "config.json")
-    choice = f"--classes {','.join(map(str, range(min(4, len(info['classes'])))))}"
+    classes = info["classes"][:4]
+    if not any(name.isdecimal() for name in classes): classes = map(str, range(len(classes)))
+    choice = f"--classes {','.join(classes)}"
     if cfg.text: choice = f"--prompt {shlex.quote(info['prompts'][0])}"
     print(f"next:\n  python -m deco.sample {shlex.quote(str(folder))} {choice} --seed 1 --out grid.png\n"
           "  python -m deco.train --help")

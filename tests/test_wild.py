@@ -6,13 +6,14 @@ import io
 import json
 import os
 import pickle
+import shlex
 import tarfile
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import make_tar
+from conftest import make_tar, run
 from deco import files, metrics
 from deco.data import read_image
 from deco.datasets import load_data, open_data
@@ -588,3 +589,32 @@ def test_no_captions_at_all(tmp_path):
     table = write_table(tmp_path / "t.parquet", [dict(image=encoded(plain(0)), words="x")])
     with pytest.raises(ValueError, match="no captions in .*t.parquet"):
         open_data(table, SIZE, tmp_path / "cache", captions=True)
+
+
+# --- a run
+
+def test_a_run_says_what_it_left_out_and_what_comes_next(tmp_path, capsys, caplog):
+    "From an odd folder to the printed next command, which works."
+    from deco import sample as sampling, train as training
+    folder = class_folders(tmp_path / "a b" / "x", CLASSES["from 1"])
+    (folder / "1" / "z.heic").write_bytes(b"x")
+    (folder / "1" / "zz.png").write_bytes(b"no picture")
+    out = tmp_path / "a b" / "run"
+    places = ("--data", folder, "--data-root", tmp_path / "root", "--out", out)
+    assert run(training, "--smoke", *places, "--max-bad", 0.1) == ""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[-1]["left_out"] == {".heic": 1, "bad pictures": 1} and "left out of" in caplog.text
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "-m deco.sample" in line]
+    words = shlex.split(line)[3:]
+    assert words[words.index("--classes") + 1] == "1,2,3,4"                            # names, not numbers of labels
+    assert run(sampling, *words[:-2], "--out", tmp_path / "grid.png", "--num-images", 4, "--steps", 2) == ""
+    assert "4 images of 1, 2, 3, 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, labels", [
+    ("2", [1]), ("10", [9]), ("0", [0]), ("tench, Tinca tinca", [12]), ("TENCH", [12]), ("dog,2", [13, 1]),
+    ("ray, tench, Tinca tinca,dog", [14, 12, 13])])
+def test_names_go_before_numbers(text, labels):
+    from deco.sample import pick_classes
+    classes = [str(k) for k in range(1, 13)] + ["tench, Tinca tinca", "dog", "ray"]
+    assert pick_classes(text, classes) == labels
