@@ -4,12 +4,12 @@ import os
 import signal
 import sys
 
-PARENT = os.getppid()                           # torchrun, perhaps: before torch takes its time to be imported
+PARENT = os.getppid()                           # torchrun, perhaps; torch takes its time to be imported
 _STOPS = "SIGINT SIGTERM SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU SIGBREAK"      # of terminals and schedulers
 STOP_SIGNALS = [getattr(signal, name) for name in _STOPS.split() if hasattr(signal, name)]
 
 def _end_early(number, frame):
-    "End at once, in one line: while a command is imported there is nothing to save, but much to be traced back."
+    "End at once, in one line: while a command is imported there is nothing to save."
     os.write(2, b"stopped\n")
     os._exit(128 + number)
 

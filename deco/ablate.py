@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .config import Config, parse as train_settings
-from .core import (AT_LEAST_0, AT_LEAST_1, AT_LEAST_4, check_settings, claim, parameter_count, Parser,
-                       pick_device, read_json, run_command, setting, table, write_atomic, write_figure,
-                       write_text)
+from .core import (AT_LEAST_0, NOT_EMPTY, NUMBER_4, SEED, STEPS, between, check_settings, claim,
+                       parameter_count, Parser, pick_device, read_json, run_command, setting, table,
+                       write_atomic, write_figure, write_text)
 from .data import to_uint8
 from .datasets import load_data
 from .metrics import compare, Extractor, load_extractor, reference_statistics, statistics
@@ -99,8 +99,9 @@ ROW_METRICS = ("mse", "fid", "sfid", "spectral_distance_db", "blockiness", "seco
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     "Read which seeds: '3' is 0, 1, 2; '0,2' is these two. Raises ArgumentTypeError for what names none."
-    try: seeds = [int(part) for part in text.split(",") if part] if "," in text else range(int(text))
-    except ValueError: seeds = []
+    try: seeds = [int(part) for part in text.split(",") if part] if "," in text else range(int(text))[:1001]
+    except (ValueError, OverflowError): seeds = []
+    if len(seeds) > 1000: raise argparse.ArgumentTypeError(f"{text!r} names more than 1000 seeds")
     if seeds and min(seeds) >= 0: return tuple(seeds)
     raise argparse.ArgumentTypeError(f"{text!r} names no seed: give a number from 1, or a list like 0,2")
 
@@ -113,17 +114,17 @@ class Ablation:
     rows: tuple[str, ...] | None = setting(None, "", "only these rows (default: all of the table)",
                                            nargs="+", choices=ROWS, metavar="ROW")
     seeds: tuple[int, ...] = setting((0, 1, 2), "", "how many seeds of each row, 0, 1, ...; or which, as in "
-                                     "0,2 (one alone: 2,)", AT_LEAST_0, type=parse_seeds, nargs=None,
+                                     "0,2 (one alone: 2,)", SEED, type=parse_seeds, nargs=None,
                                      metavar="SEEDS")
-    checkpoints: int = setting(2, "", "points of a run at which it is measured", AT_LEAST_1)
-    num_images: int = setting(1000, "", "samples at each point", AT_LEAST_4)
-    steps: int = setting(12, "", "steps of the sampler (Adams-Bashforth of order 2, no guidance)", AT_LEAST_1)
+    checkpoints: int = setting(2, "", "points of a run at which it is measured", between(1, 1000))
+    num_images: int = setting(1000, "", "samples at each point", NUMBER_4)
+    steps: int = setting(12, "", "steps of the sampler (Adams-Bashforth of order 2, no guidance)", STEPS)
     sample_seed: int = setting(1, "", "seed of the samples' noise", AT_LEAST_0)
     extractor: str = setting("efficientnet-lite0", "", "FID's network",
                              ("classifier", "efficientnet-lite0", "inception"))
     extractor_weights: str = setting("", "", "weights of the extractor; the classifier needs them",
                                      metavar="FILE")
-    out: str = setting("runs/ablate", "", "where the runs are kept, shared by all tables")
+    out: str = setting("runs/ablate", "", "where the runs are kept, shared by all tables", NOT_EMPTY)
     results: str = setting("", "", "where the table goes, as a tidy TABLE.csv, with TABLE.png (default: the "
                            "folder --out; the repository keeps its tables in nbs/results)", metavar="FOLDER")
 

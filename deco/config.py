@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'Config', 'resolved', 'check', 'parse']
 # %% ../nbs/22_config.ipynb #g002
 import math
 from dataclasses import dataclass
-from .core import (ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, FINITE, NORM, QUALITY, SEED, SHARE,
-                       check_settings, Parser, setting)
+from .core import (ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, FINITE, NOT_EMPTY, NORM, QUALITY, SEED,
+                       SHARE, SIDE, STEPS, between, check_settings, Parser, setting)
 from .model import SIZES
 
 # %% ../nbs/22_config.ipynb #t007
@@ -19,15 +19,15 @@ class Config:
 
     # what is learned from
     data: str = setting("openmoji", "data",
-        "'openmoji', 'cifar10', 'scenes', or a path: images (sub-folders: classes), tars, parquet")
+        "'openmoji', 'cifar10', 'scenes', or a path: images (sub-folders: classes), tars, parquet", NOT_EMPTY)
     one_class: bool = setting(False, "data", "folders and labels are no classes: all images are of one")
     upright: bool = setting(True, "data", "turn pictures as their EXIF says (ADM's loader does not)")
-    data_root: str = setting("data", "data", "where named data sets and indices are kept")
-    size: int = setting(32, "data", "image size in pixels, a multiple of the model's patch size", AT_LEAST_1)
+    data_root: str = setting("data", "data", "where named data sets and indices are kept", NOT_EMPTY)
+    size: int = setting(32, "data", "image size in pixels, a multiple of the model's patch size", SIDE)
     flip: bool = setting(True, "data", "mirror half of the images, where the data allow it")
     workers: int = setting(0, "data",
         "processes that read images, per training process; 0: it reads them itself; -1: by the cores",
-        ((lambda v: v >= -1), "at least -1"))
+        between(-1, 1024))
     max_bad: float = setting(0.01, "data", "share of unreadable images at which the run stops", SHARE)
     text: str = setting("", "data",
         "learn from captions: their language model, 'minilm', a folder or a hub id; empty: classes")
@@ -80,7 +80,7 @@ class Config:
 
     # the sample grids
     guidance: float = setting(3.0, "pictures", "guidance of the sample grids", FINITE)
-    steps: int = setting(20, "pictures", "Euler steps of the sample grids", AT_LEAST_1)
+    steps: int = setting(20, "pictures", "Euler steps of the sample grids", STEPS)
     sample_shift: float = setting(1.0, "pictures", "time shift of the sample grids", ABOVE_0)
     sample_every: int = setting(12_800, "pictures", "images between sample grids", AT_LEAST_1)
 
@@ -93,7 +93,7 @@ class Config:
     tensorboard: bool = setting(False, "output",
         "write the log for TensorBoard too (pip install tensorboard)")
     wandb: bool = setting(False, "output", "send the log to Weights & Biases too (pip install wandb)")
-    out: str = setting("runs/openmoji", "output", "run folder; the same command again resumes it")
+    out: str = setting("runs/openmoji", "output", "run folder; the same command again resumes it", NOT_EMPTY)
     seed: int = setting(0, "output",
         "every random choice is a function of it and of the image's number", SEED)
 

@@ -12,7 +12,6 @@ import errno
 import gc
 import hashlib
 import json
-import math
 import os
 import pickle
 import platform
@@ -22,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, field, fields
@@ -54,6 +54,16 @@ def cannot_write(path: Path, e: Exception) -> OSError:
     if number in _FULL: mend = "make room or choose another folder"
     if number in _IN_THE_WAY: mend = "move what is in its way, or choose another folder"
     return OSError(f"cannot write {path} ({first_line(e)}): {mend}; what was there before is whole")
+
+def printable(text: str) -> str:
+    "Write what a terminal would obey instead of showing it (a stranger's names may hold such) as escapes."
+    return "".join(c if c.isprintable() or c == "\u200d" else c.encode("unicode_escape").decode()
+                   for c in text)                                       # 200d joins emojis
+
+def one_line(text, most: int = 2000) -> str:
+    "Write anything as one printable line, without its middle where it is longer than `most`."
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[:most // 2]} ... {line[-most // 2:]}"
 
 # %% ../nbs/90_core.ipynb #k011
 def flush(path: Path) -> None:
@@ -101,10 +111,21 @@ def write_tensors(path: Path, values: dict) -> None:
     write_atomic(path, lambda p: save_file(tensors, p, texts))
 
 # %% ../nbs/90_core.ipynb #k012
+def parse_json(text: str):
+    "Read JSON. Raises ValueError for what is none, or nests deeper than any file of ours."
+    try: found = json.loads(text)
+    except RecursionError: raise ValueError("it nests too deeply") from None
+    level = [found]
+    for _ in range(32):
+        parts = [v for v in level if isinstance(v, (list, dict))]
+        level = [v for part in parts for v in (part.values() if isinstance(part, dict) else part)]
+        if not level: return found
+    raise ValueError("it nests too deeply")
+
 def read_json(path: Path) -> dict:
     "Read a JSON object from a file. Raises ValueError naming a file that holds none."
     mend = "restore it or use another folder"
-    try: found = json.loads(path.read_text(encoding="utf-8"))
+    try: found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not readable as JSON ({e}): {mend}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} holds no JSON object: {mend}")
@@ -124,7 +145,11 @@ def read_checkpoint(path: Path) -> dict:
     """
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors": return read_tensors(path)
-    try: found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if zipfile.is_zipfile(path):                                    # what a few MB say may unpack to GB
+            with zipfile.ZipFile(path) as archive: sizes = [part.file_size for part in archive.infolist()]
+            if sum(sizes) > path.stat().st_size: raise ValueError("compressed, as torch never writes it")
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # a foreign file can break the reader in any way
         reason = "it is cut short or no checkpoint"
         if isinstance(e, pickle.UnpicklingError) and "weights_only" in str(e):
@@ -133,16 +158,36 @@ def read_checkpoint(path: Path) -> dict:
     if isinstance(found, dict): return found
     raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
 
-def fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    "Copy a state dict into a model. Raises ValueError listing what is missing, unexpected or misshapen."
+def _is_whole(v):
+    "Tell whether a tensor has a number in memory for each of its places."
+    if v.is_meta or v.layout != torch.strided: return False
+    return v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+
+def check_fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Check that a state dict fits a model, which may be on the meta device: shapes and no memory.
+
+    Raises ValueError listing what is missing, unexpected, misshapen or no plain tensor.
+    """
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state]
     wrong += [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
+    wrong += [f"{k} has fewer numbers than places" for k, v in state.items() if not _is_whole(v)]
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     if wrong: raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:8])}{more}")
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    "Copy a state dict into a model. Raises ValueError as `check_fit` does."
+    check_fit(model, state, source)
     model.load_state_dict(state)
+
+def check_finite(model: nn.Module, source: str) -> None:
+    "Check weights: attention on a CPU swallows a NaN. Raises ValueError naming the first that is not finite."
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{source}: the weights {name} hold NaN or infinity, as a training leaves them "
+                             "that has diverged: take an earlier checkpoint")
 
 def file_hash(path: Path, digits: int = 16) -> str:
     "Give the start of the SHA-256 of a file, by which reports know weights."
@@ -291,7 +336,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda": name = f"cuda:{dist_info().local_rank}"              # a GPU for each process
-    try: torch.zeros(1, device=name)
+    try: torch.zeros(1, device=name).item()                                 # of which 'meta' has none
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {asked} is not to be had here ({first_line(e)}): "
                          "use --device auto") from None
@@ -379,15 +424,31 @@ def progress(items: Iterable, say: Callable = str) -> Iterator:
                 print(f"{i}/{total}, {left:.0f} s left {say()}", flush=True)
 
 # %% ../nbs/90_core.ipynb #k061r
-def _at_least(low): return (lambda v: low <= v < math.inf), f"at least {low}"
+LARGEST = 10**15                                          # of any number, but for inf where that has a sense
 
-AT_LEAST_0, AT_LEAST_1, AT_LEAST_4 = _at_least(0), _at_least(1), _at_least(4)
+def _at_least(low): return (lambda v: low <= v <= LARGEST), f"at least {low}"
 
-ABOVE_0 = (lambda v: 0 < v < math.inf), "above 0"
+def between(low, high):
+    "Make the rule of a number, as in `check_settings`."
+    return (lambda v: not isinstance(v, bool) and low <= v <= high), f"from {low} to {high}"
+
+def whole(low, high):
+    "Make the rule of a whole number."
+    return (lambda v: type(v) is int and low <= v <= high), f"a whole number from {low} to {high}"
+
+AT_LEAST_0, AT_LEAST_1 = _at_least(0), _at_least(1)
+
+SIDE, STEPS = whole(1, 2**14), whole(1, 100_000)          # pixels; each step's time is in memory
+
+NUMBER, NUMBER_4 = whole(1, 10**7), whole(4, 10**7)       # of images, whose labels are in memory
+
+NOT_EMPTY = (lambda v: isinstance(v, (str, os.PathLike)) and bool(str(v).strip())), "a name, and not empty"
+
+ABOVE_0 = (lambda v: 0 < v <= LARGEST), "above 0"
 
 NORM = (lambda v: v > 0), "above 0"                       # inf too: no limit
 
-FINITE = math.isfinite, "finite"
+FINITE = (lambda v: abs(v) <= LARGEST), "finite"
 
 SHARE = (lambda v: 0 <= v <= 1), "in [0, 1]"
 
@@ -410,18 +471,38 @@ def setting(default, group: str, help: str, rule: tuple | None = None, **how):
     """
     return field(default=default, metadata=dict(group=group, help=help, rule=rule, how=how))
 
+def broken(rule: tuple, value) -> str:
+    "Say what a value must be that breaks a rule, \"\" for one that keeps it. What can't be tested breaks it."
+    if not callable(rule[0]): return "" if value in rule else f"one of {', '.join(map(str, rule))}"
+    try:
+        if rule[0](value): return ""
+        return f"at most {LARGEST:.0e} in size" if abs(value) > LARGEST else rule[1]
+    except (TypeError, ValueError, AttributeError): return rule[1]
+
+_KINDS = {bool: (bool, "on or off"), int: (int, "a whole number"), float: ((int, float), "a number"),
+          str: ((str, os.PathLike), "a text")}
+
+def _kind(f):
+    "Give the type of a setting, or of each of its values: that of its default, or what argparse makes."
+    default = f.default[0] if isinstance(f.default, tuple) else f.default
+    if default is None: return f.metadata["how"].get("type")
+    return str if default is MISSING else type(default)
+
 def check_settings(settings) -> None:
-    "Check every setting by its rule. Raises ValueError naming the first flag whose value makes no sense."
+    """Check every setting by its type and its rule; None is for those whose default it is.
+
+    Raises ValueError naming the first flag whose value makes no sense.
+    """
     for f in fields(settings):
         value, rule = getattr(settings, f.name), f.metadata["rule"]
-        if isinstance(value, str) and not value.strip() and f.default != "":
-            raise ValueError(f"{flag(f.name)} is empty: give it a value (is a shell variable not set?)")
-        if rule is None or value is None: continue
-        if not callable(rule[0]):
-            choices = ", ".join(map(str, rule))
-            if value not in rule: raise ValueError(f"{flag(f.name)} must be one of {choices}, not {value!r}")
-        elif not all(map(rule[0], value if isinstance(value, (tuple, list)) else [value])):
-            raise ValueError(f"{flag(f.name)} must be {rule[1]}, not {value}")
+        if value is None and f.default is None: continue
+        types, text = _KINDS.get(_kind(f), (object, ""))
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if not values: raise ValueError(f"{flag(f.name)} must not be empty")
+        for v in values:
+            wrong = "" if isinstance(v, types) else text
+            wrong = wrong or (broken(rule, v) if rule else "")
+            if wrong: raise ValueError(f"{flag(f.name)} must be {wrong}, not {one_line(repr(v), 200)}")
 
 # %% ../nbs/90_core.ipynb #k062
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -438,7 +519,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         guess = f"; did you mean {near[0]}?" if near else ""
-        sys.exit(f"error: {message}{guess} (--help lists everything)")
+        sys.exit(f"error: {one_line(message)}{guess} (--help lists everything)")
 
     def add_settings(self, kind: type) -> None:
         "Add a flag for every `setting` of a dataclass, in its group."
@@ -488,6 +569,8 @@ def _interrupt(number, frame):
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     raise KeyboardInterrupt(f"stopped{by}")
 
+_NO_ROOM = "out of memory|allocate memory|Storage size calculation overflowed|buffer size"   # of any device
+
 def run_command(main: Callable) -> None:
     """Run a command's main function; an error for its user becomes one line on stderr and an exit code of 1.
 
@@ -503,11 +586,15 @@ def run_command(main: Callable) -> None:
         raise SystemExit(128 + (_noted or [signal.SIGINT])[0]) from e
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("DECO_TRACEBACK"): raise
-        sys.exit(f"error: {' '.join(str(e).split())}")
-    except RuntimeError as e:                   # torch raises it wherever the program is
-        if "DataLoader worker" not in str(e): raise
-        sys.exit(f"error: a process that reads images has died ({first_line(e)}): "
-                 "give it more memory or take fewer --workers; the same command goes on")
+        sys.exit(f"error: {one_line(e)}")
+    except (MemoryError, RuntimeError) as e:    # torch raises it wherever the program is
+        if "DataLoader worker" in str(e):
+            sys.exit(f"error: a process that reads images has died ({one_line(first_line(e), 300)}): "
+                     "give it more memory or take fewer --workers; the same command goes on")
+        full = isinstance(e, MemoryError) or re.search(_NO_ROOM, str(e))
+        if not full or os.environ.get("DECO_TRACEBACK"): raise
+        sys.exit(f"error: out of memory ({one_line(first_line(e), 300)}): "
+                 "take a smaller --size, --batch-size or model")
 
 # %% ../nbs/90_core.ipynb #k062i
 def command_line(command: str, settings) -> str:
@@ -532,7 +619,8 @@ def cell(value) -> str:
         return ", ".join(map(cell, value[:20])) + more
     if value is None: return "–"
     if isinstance(value, float): return f"{value:.4g}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    text = re.sub(r"[\\|\[\]`]", r"\\\g<0>", one_line(value, 500))          # no link, no code, no other cell
+    return text.replace("<", "&lt;")
 
 # %% ../nbs/90_core.ipynb #k071
 def table(head: list[str], rows: Iterable[tuple]) -> str:
@@ -541,9 +629,24 @@ def table(head: list[str], rows: Iterable[tuple]) -> str:
 
 def page(title: str, notes: list[str], *parts: str) -> str:
     "Write a page of Markdown: a title, notes, and parts with a blank line between them."
-    return "\n\n".join([f"# {title}", *(f"> Note: {note}" for note in notes), *parts]) + "\n"
+    return "\n\n".join([f"# {cell(title)}", *(f"> Note: {cell(note)}" for note in notes), *parts]) + "\n"
+
+def fenced(text: str) -> str:
+    "Write text as a block of code of Markdown, between fences longer than any in it."
+    fence = "`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", text))])
+    return "\n".join([fence, *map(printable, text.split("\n")), fence])
 
 # %% ../nbs/90_core.ipynb #k072
+_REPORT = dict(metrics=dict, settings=dict, spectra=dict, n=int, extractor=str, reference=dict)
+
+def _is_spectrum(v):
+    "Tell whether these are levels in dB, lists of 2 x 3 x 64 numbers."
+    parts = [v]
+    for n in (2, 3, 64):
+        if not all(isinstance(part, list) and len(part) == n for part in parts): return False
+        parts = [x for part in parts for x in part]
+    return not any(broken(FINITE, x) for x in parts)
+
 def read_report(path: str | Path) -> tuple[Path, dict]:
     """Read a report.json of `deco.evaluate`, given by its path, folder or run: its path and content.
 
@@ -554,6 +657,12 @@ def read_report(path: str | Path) -> tuple[Path, dict]:
     if not found:
         raise FileNotFoundError(f"no report.json in {path}: make it with python -m deco.evaluate {path}")
     report = read_json(found[0])
-    parts = {"metrics", "settings", "spectra", "n", "extractor", "reference"}
-    if parts <= report.keys(): return found[0], report
-    raise ValueError(f"{found[0]} is no report of deco.evaluate: give another, or make it anew")
+    wrong = [name for name, kind in _REPORT.items() if not isinstance(report.get(name), kind)]
+    if not wrong and not isinstance(report["reference"].get("name"), str): wrong = ["reference.name"]
+    if not wrong:
+        numbers = {f"metrics.{k}": v for k, v in report["metrics"].items()}
+        wrong = [k for k, v in numbers.items() if v is not None and broken(FINITE, v)]
+        wrong += [f"spectra.{k}" for k, v in report["spectra"].items() if not _is_spectrum(v)]
+    if not wrong: return found[0], report
+    raise ValueError(f"{found[0]} is no report of deco.evaluate ({one_line(wrong[0], 100)} is missing or "
+                     "wrong): give another, or make it anew")

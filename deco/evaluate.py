@@ -19,16 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from . import __version__
-from .core import (AT_LEAST_4, cell, check_settings, command_line, dist_info, flag, memory_mb, page,
-                       parse_settings, Parser, pick_device, read_json, read_report, reader_processes,
+from .core import (NUMBER_4, cell, check_settings, command_line, dist_info, fenced, flag, memory_mb,
+                       one_line, page, parse_settings, Parser, pick_device, read_report, reader_processes,
                        run_command, setting, table, write_figure, write_picture, write_text)
 from .config import Config
 from .data import Images, list_images, make_grid, read_image
 from .datasets import is_cifar, NAMED, open_data
 from .files import find_shards, InOrder
 from .metrics import compare, image_batches, load_extractor, reference_statistics, statistics
-from .model import run_folder
-from .sample import Drawing, image_path, prepare, write_set
+from .model import read_info, run_folder
+from .sample import Drawing, image_path, prepare, read_samples, write_set
 
 # %% ../nbs/10_evaluate.ipynb #1b694fdf
 class ImageFiles:
@@ -55,7 +55,7 @@ def open_samples(path: Path) -> tuple[Path | ImageFiles, dict]:
         several = ", ".join(f"{w} x {h} pixels ({p})" for (w, h), p in list(sizes.items())[:3])
         raise ValueError(f"a set of samples is of one size, and square, not {several}")
     settings_file = (path if files else path.with_suffix("")) / "samples.json"
-    settings = read_json(settings_file) if settings_file.exists() else {}
+    settings = read_samples(settings_file) if settings_file.exists() else {}
     return ImageFiles(files, size) if files else path, settings | dict(samples=str(path), size=size)
 
 def _training_data(info, size):
@@ -121,7 +121,7 @@ def cautions(result: dict, settings: dict, labels: list[int] | None, real_labels
     k = 1 + max(*labels, int(real_labels.max()))
     shares, real = (torch.as_tensor(y).bincount(minlength=k) / len(y) for y in (labels, real_labels))
     moved = (shares - real).abs().sum().item() / 2
-    by_shares = settings.get("labels") == "data" and len(settings["classes"]) == k
+    by_shares = settings.get("labels") == "data" and len(settings.get("classes", ())) == k
     if moved > 0.05 and not by_shares:
         notes.append(f"{moved:.0%} of the images would need another class to have the data's shares: "
                      "part of FID is that, not quality")
@@ -190,7 +190,7 @@ def report_page(report: dict) -> str:
         "## Cost", table(["part", "seconds"], (seconds | {"sum": sum(seconds.values())}).items()),
         f"{report['drawn_now']} images were drawn in this call. "
         f"Peak memory: {report['peak_memory_mb']} MB. {versions}.",
-        f"## Command\n\n```\n{report['command']}\n```")
+        "## Command", fenced(report["command"]))
 
 # %% ../nbs/10_evaluate.ipynb #1b7bb4bb
 @dataclass(kw_only=True)
@@ -200,7 +200,7 @@ class Evaluation(Drawing):
         "", "", "folder of a run of deco.train, or a model that comes with deco, such as openmoji-toy",
         positional=True, nargs="?")
     num_images: int = setting(                          # precision looks at an image's third neighbour
-        2000, "images to draw", "how many (papers evaluate 50000)", AT_LEAST_4)
+        2000, "images to draw", "how many (papers evaluate 50000)", NUMBER_4)
     samples: str = setting(
         "", "", "take these images, an .npz (ADM's format) or a folder", metavar="PATH")
     compare: list[str] | None = setting(
@@ -290,7 +290,7 @@ def evaluate(cfg: Evaluation) -> dict | None:
     # The images, those that are to be drawn as the files that they will be.
     if cfg.samples:
         images, settings = open_samples(Path(cfg.samples))
-        info = read_json(run_folder(cfg.run) / "config.json") if cfg.run else {}
+        info = read_info(run_folder(cfg.run)) if cfg.run else {}
         labels = None
         names = []
         drawn_now = 0
@@ -333,7 +333,7 @@ def check_comparable(a: dict, b: dict) -> list[str]:
 
     Raises ValueError naming in what they differ.
     """
-    x, y = ({"N": r["n"], "extractor": r["extractor"], "reference": r["reference"]["fingerprint"]} |
+    x, y = ({"N": r["n"], "extractor": r["extractor"], "reference": r["reference"].get("fingerprint")} |
             {k: r["settings"].get(k) for k in ("labels", "classes", "size")} for r in (a, b))
     unknown = [k for k in x if None in (x[k], y[k])]
     different = [k for k in x if k not in unknown and x[k] != y[k]]
@@ -351,17 +351,19 @@ def compare_reports(a: str | Path, b: str | Path, out: Path) -> Path:
     """
     (path_a, report_a), (path_b, report_b) = read_report(a), read_report(b)
     notes = check_comparable(report_a, report_b)
-    spectra = {k.replace("samples", "A"): v for k, v in report_a["spectra"].items()}
-    save_spectra(out / "compare.png", spectra | {"B": report_b["spectra"]["samples"]})
-    grids = [f"![{name}]({os.path.relpath(path.parent / 'grid.png', out)})"
+    spectra = {new: report["spectra"][k] for new, report, k in (
+        ("A", report_a, "samples"), ("reference", report_a, "reference"), ("B", report_b, "samples"))
+        if k in report["spectra"]}
+    save_spectra(out / "compare.png", spectra)
+    grids = [f"![{name}](<{os.path.relpath(path.parent / 'grid.png', out)}>)"
              for name, path in (("A", path_a), ("B", path_b))]
 
     # The numbers with their difference, then what differs and what is the same.
     numbers = []
     for k, label in METRICS.items():
-        x, y = report_a["metrics"][k], report_b["metrics"][k]
+        x, y = report_a["metrics"].get(k), report_b["metrics"].get(k)
         numbers.append((label, x, y, None if None in (x, y) else y - x))
-    x, y = ({"extractor": r["extractor"], "reference": r["reference"]["name"]} | r["settings"]
+    x, y = ({"extractor": r["extractor"], "reference": r["reference"].get("name")} | r["settings"]
             for r in (report_a, report_b))
     pairs = [(k, x.get(k), y.get(k)) for k in x | y]
     different = [(k, of_a, of_b) for k, of_a, of_b in pairs if of_a != of_b]
@@ -370,11 +372,11 @@ def compare_reports(a: str | Path, b: str | Path, out: Path) -> Path:
         f"A: {a}, B: {b}", notes, table(["metric", "A", "B", "B - A"], numbers),
         "A difference counts if it is larger than that between two seeds: "
         "evaluate one of them again with another `--seed`.",
-        "![spectra](compare.png)", table(["A", "B"], [grids]),
+        "![spectra](compare.png)", "| A | B |\n| --- | --- |\n| " + " | ".join(grids) + " |",
         "## What differs", table(["setting", "A", "B"], different),
         "## What is the same", table(["setting", "A and B"], same),
         "## Commands",
-        *(f"{name}\n\n```\n{r.get('command')}\n```" for name, r in (("A", report_a), ("B", report_b))))
+        *(f"{name}\n\n{fenced(str(r.get('command')))}" for name, r in (("A", report_a), ("B", report_b))))
     write_text(out / "compare.md", text)
     return out / "compare.md"
 
@@ -393,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.compare: return print(compare_reports(*cfg.compare, cfg.folder))
     report = evaluate(cfg)
     if not report: return
-    for note in report["notes"]: print("note:", note)
+    for note in report["notes"]: print("note:", one_line(note))
     for k, label in METRICS.items(): print(f"{label:45} {cell(report['metrics'][k])}")
     print(f"N {report['n']}, {report['extractor']}, reference: {report['reference']['name']}; "
           f"all of it: {cfg.folder}/report.md")

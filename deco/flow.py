@@ -68,6 +68,7 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """
     if not (isinstance(steps, int) and steps >= 1):
         raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if steps > 10**6: raise ValueError(f"steps must be at most a million, not {steps}")
     if not 0 < shift < math.inf: raise ValueError(f"shift must be a positive number, not {shift!r}")
     return [shift_time(i / steps, shift) for i in range(steps + 1)]
 
@@ -133,7 +134,7 @@ SOLVERS = tuple(_SOLVERS)
 def _check_solver(solver, order, guidance, interval):
     if solver not in SOLVERS: raise ValueError(f"unknown solver {solver!r}; choose from {', '.join(SOLVERS)}")
     if order not in (2, 3): raise ValueError(f"order of the solver adams must be 2 or 3, not {order!r}")
-    if not math.isfinite(guidance): raise ValueError(f"guidance must be a finite number, not {guidance!r}")
+    if not abs(guidance) < 1e38: raise ValueError(f"guidance must be a finite number, not {guidance!r}")
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"interval must be two times with 0 <= low <= high <= 1, not {interval!r}")
 

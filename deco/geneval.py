@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from .core import (AT_LEAST_1, barrier, check_settings, dist_info, on_rank0, parse_settings, Parser,
-                       process_group, progress, run_command, setting, write_picture, write_text)
+from .core import (NOT_EMPTY, NUMBER, barrier, between, check_settings, dist_info, on_rank0, parse_json,
+                       parse_settings, Parser, process_group, progress, run_command, setting, write_picture,
+                       write_text)
 from .data import to_image, to_uint8
 from .model import sample_images
 from .sample import claim, Drawing, prepare
@@ -45,7 +46,7 @@ def _read_geneval(path):
     "Read a file of JSON objects, one a line."
     items = []
     for k, line in enumerate(_read_text(path).splitlines()):
-        try: metadata = json.loads(line)
+        try: metadata = parse_json(line)
         except ValueError: metadata = None
         prompt = metadata.get("prompt") if isinstance(metadata, dict) and "tag" in metadata else None
         if not (prompt and isinstance(prompt, str)):
@@ -114,11 +115,11 @@ class Export(Drawing):
     "The settings of `export` and of `python -m deco.geneval`; `prompts` says what is drawn, not `prompt`."
     run: str = setting(
         MISSING, "", "folder of a run of deco.train that learned from captions", positional=True)
-    num_images: int = setting(1, "images to draw", "how many (papers evaluate 50000)", AT_LEAST_1)
+    num_images: int = setting(1, "images to draw", "how many (papers evaluate 50000)", NUMBER)
     prompts: str = setting(
         MISSING, "", "GenEval's .jsonl file, or DPG-Bench's folder of .txt files", required=True)
-    out: str = setting("geneval", "", "folder; the pictures go to OUT/images")
-    per_prompt: int = setting(4, "", "images of a prompt; DPG-Bench: 4, in a square", AT_LEAST_1)
+    out: str = setting("geneval", "", "folder; the pictures go to OUT/images", NOT_EMPTY)
+    per_prompt: int = setting(4, "", "images of a prompt; DPG-Bench: 4, in a square", between(1, 10_000))
     check: bool = setting(False, "", "draw nothing, only look whether all is there")
 
 def export(cfg: Export) -> str:

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from .core import file_hash, first_line, parameter_count, read_report, table
+from .core import cell, file_hash, first_line, parameter_count, read_report, table
 from .dit import DiT
 from .model import load, run_folder, save
 
@@ -63,7 +63,7 @@ def _class_parts(model, info, arguments):
     none = model.num_classes                                    # the label that stands for no class
     classes = info.get("classes") or []
     more = ", ..." if len(classes) > 10 else ""
-    names = f" ({', '.join(map(str, classes[:10]))}{more})" if classes else ""
+    names = f" ({', '.join(map(cell, classes[:10]))}{more})" if classes else ""
     return dict(given="a class", conditions=f"{none} classes{names}; label {none} stands for none.",
                 draw=f"images = deco.sample_images(model, labels={list(range(min(4, none)))}, "
                      f"size={arguments})")
@@ -72,7 +72,8 @@ def _prompt_parts(text, info, arguments):
     "Fill the card's places that differ for a model of prompts."
     prompts = (info.get("prompts") or [""])[:4]
     return dict(given="a prompt",
-                conditions=f"prompts of up to {text['length']} tokens of the language model {text['name']}.",
+                conditions=f"prompts of up to {text['length']} tokens of the language model "
+                           f"{cell(text['name'])}.",
                 draw="encoder = deco.TextEncoder(**model.info['text'])\n"
                      f"images = deco.sample_prompts(model, encoder, {prompts}, {arguments})")
 
@@ -91,7 +92,7 @@ def card(model: DiT, info: dict) -> str:
     arguments = _draw_arguments(model, info, train)
     parts = _prompt_parts(text, info, arguments) if text else _class_parts(model, info, arguments)
     body = _CARD.format(**parts, kind=type(model).__name__, count=parameter_count(model),
-                        title=model.head.title, size=info.get("size", "unknown"), training=training,
+                        title=model.head.title, size=cell(info.get("size", "unknown")), training=training,
                         configuration=_rows(model.config),
                         numbers=_rows(metrics) if metrics else "None were measured.")
     return f"{_MARK}\n{body}"

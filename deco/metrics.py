@@ -9,10 +9,12 @@ __all__ = ['Extractor', 'Classifier', 'load_extractor', 'Moments', 'frechet_dist
 
 # %% ../nbs/09_metrics.ipynb #c003
 import hashlib
+import math
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from .core import file_hash, generator, write_tensors
+from .core import (check_finite, check_fit, file_hash, first_line, generator, read_checkpoint,
+                       write_tensors)
 from .data import to_float, to_uint8
 from .dct import block_dct, rgb_to_ycbcr, zigzag
 
@@ -68,6 +71,8 @@ class Classifier(nn.Module):
 def small_classifier(path: Path):
     "Load a `Classifier` of any float type, and a function; it sees 32 x 32 pixels (bilinear, antialiased)."
     state = load_file(path)
+    with torch.device("meta"): bare = Classifier(len(state["head.1.weight"]))
+    check_fit(bare, state, str(path))
     net = Classifier(len(state["head.1.weight"]))
     net.load_state_dict(state)                                           # which makes it float32
     def run(images):
@@ -91,7 +96,7 @@ def efficientnet_extractor(path: Path):
     1280 features, 14 x 14 x 7 = 1372 spatial ones, 1000 logits.
     """
     net = efficientnet_lite0()
-    net.load_state_dict(torch.load(path, weights_only=True))
+    net.load_state_dict(read_checkpoint(path))
     maps = []
     # the last of the blocks with 14 x 14 places
     net._blocks[10].register_forward_hook(lambda module, args, out: maps.append(out))
@@ -109,7 +114,7 @@ def inception(path: Path):
     299 x 299 is its own (TensorFlow 1's bilinear).
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    torch.load(path, weights_only=True)                                  # refuses code that is run below
+    read_checkpoint(path)                                                # refuses code that is run below
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     maps = []
     # mixed_6/conv:0
@@ -155,9 +160,11 @@ def load_frozen(kind: str, name: str, loaders: dict[str, Callable], path: str | 
     except ImportError as e:
         raise ImportError(f"the {kind} {name!r} needs {e.name}: "
                           f"pip install 'deco-diffusion[{extra}]'") from None
-    except (RuntimeError, KeyError, SafetensorError, EOFError, UnpicklingError) as e:
+    except (RuntimeError, LookupError, TypeError, AttributeError, SafetensorError, EOFError,
+            UnpicklingError) as e:
         raise ValueError(f"{path} does not hold the weights of {name!r} ({type(e).__name__}): "
                          "give another file") from None
+    check_finite(net, str(path))
     net.eval().requires_grad_(False).to(device)
     return f"{name} {file_hash(path, 8)}", rest
 
@@ -287,22 +294,40 @@ def spectral_distance(spectrum1: Tensor, spectrum2: Tensor) -> float:
 # %% ../nbs/09_metrics.ipynb #c060
 ImageSet = Tensor | str | Path | Iterable[Tensor]                        # images, an .npz file, or batches
 
+class _Wrong(ValueError): "Say what is wrong, in words of ours."
+
+@contextmanager
+def _damaged(path, what):
+    "Make one ValueError of all that a foreign file can do to its reader."
+    try: yield
+    except (FileNotFoundError, _Wrong): raise
+    except Exception as e: raise ValueError(f"{path} is damaged, or no {what} ({first_line(e)})") from None
+
+def _npy_header(archive, name, f):
+    "Read shape, order and type of an array; its size must be that which the archive says it unpacks to."
+    version = np.lib.format.read_magic(f)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, by_column, dtype = read(f)
+    if dtype.hasobject: raise ValueError(f"{name} holds objects")
+    if f.tell() + math.prod(shape) * dtype.itemsize != archive.getinfo(f"{name}.npy").file_size:
+        raise ValueError(f"{name} is not as large as its header says")
+    return shape, by_column, dtype
+
 def npz_images(path: str | Path, size: int = 100) -> Iterator[Tensor]:
     """Read uint8 batches (size, 3, H, W) from an .npz file of the ADM suite, never all of it in memory.
 
     Raises ValueError where its `arr_0` is not uint8 NHWC.
     """
-    if not zipfile.is_zipfile(path) or "arr_0.npy" not in zipfile.ZipFile(path).namelist():
-        raise ValueError(f"{path} is damaged, or no .npz file with arr_0: "
-                         "save images as numpy.savez(path, arr_0=uint8 NHWC)")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
-        np.lib.format.read_magic(f)
-        shape, by_column, dtype = np.lib.format.read_array_header_1_0(f)
-        if by_column or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"arr_0 in {path} is {dtype} {shape}: it must be uint8 (N, H, W, 3)")
-        while data := f.read(size * int(np.prod(shape[1:]))):
-            pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            yield pixels.view(-1, *shape[1:]).permute(0, 3, 1, 2)
+    with _damaged(path, ".npz file with arr_0: save images as numpy.savez(path, arr_0=uint8 NHWC)"):
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
+            shape, by_column, dtype = _npy_header(archive, "arr_0", f)
+            sides = shape[1:3]
+            if by_column or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or max(sides) > 2**14:
+                raise _Wrong(f"arr_0 in {path} is {dtype} {shape}: it must be uint8 (N, H, W, 3)")
+            pixels = 3 * math.prod(sides)
+            while data := f.read(max(1, min(size, 2**28 // max(1, pixels))) * pixels):         # 268 MB
+                batch = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                yield batch.view(-1, *sides, 3).permute(0, 3, 1, 2)
 
 def as_uint8(x: Tensor) -> Tensor:
     "Give images (B, 3, H, W), uint8 or floats in [-1, 1], as uint8. Raises ValueError for others, and NaN."
@@ -439,17 +464,43 @@ def fingerprint(images: ImageSet) -> str:
         count += len(x)
     return f"{count}x{x.shape[2]}x{x.shape[3]}-{digest.hexdigest()}"
 
+def _check_statistics(stats, path):
+    "Raise ValueError naming a part of some statistics that is of another shape, or can't have been measured."
+    count, width, places = stats["count"], stats["mu"].numel(), stats.get("mu_s", torch.zeros(0)).numel()
+    shapes = dict(mu=(width,), sigma=(width, width), mu_s=(places,), sigma_s=(places, places),
+                  features=(count, width), spectrum=(2, 3, 64))
+    if count is not None and count < 2: raise ValueError(f"{path}: its count is {count}: make it anew")
+    pair = {"mu_s", "sigma_s"}
+    if len(pair & stats.keys()) == 1: raise ValueError(f"{path} holds one of mu_s and sigma_s: make it anew")
+    for name in shapes.keys() & stats.keys():
+        x = stats[name]
+        fits = x.shape == shapes[name] and x.is_floating_point() and bool(x.isfinite().all())
+        if fits and name.startswith("sigma"):
+            largest = x.abs().amax()
+            fits = (x - x.T).abs().amax() <= 1e-3 * largest and x.diagonal().amin() >= -1e-6 * largest
+        if not fits:
+            raise ValueError(f"{path}: {name}, {tuple(x.shape)}, is not what was measured: make it anew")
+
 def load_statistics(path: str | Path, extractor: Extractor) -> dict:
     "Read statistics. Raises ValueError for a file of another kind, or made with another extractor."
-    try:
+    with _damaged(path, "file of statistics"):
         with safe_open(path, "pt") as f: stats = {k: f.get_tensor(k) for k in f.keys()} | f.metadata()
         stats["count"] = int(stats["count"])
         label = stats["extractor"]
-    except (SafetensorError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} holds no statistics ({e})") from None
-    if label == extractor.label: return stats
+        if not {"mu", "sigma"} <= stats.keys(): raise ValueError("mu or sigma is missing")
+    if label == extractor.label:
+        _check_statistics(stats, path)
+        return stats
     raise ValueError(f"{path} was made with the extractor {label}, not {extractor.label}: "
                      "remove it, or choose that extractor")
+
+def _read_moments(archive, name):
+    "Read an array of an .npz file, float64; of at most 8192 features, whatever it claims."
+    with archive.open(f"{name}.npy") as f:
+        shape, by_column, dtype = _npy_header(archive, name, f)
+        if math.prod(shape) > 2**26: raise ValueError(f"{name} is {shape}")
+        x = np.frombuffer(f.read(), dtype).reshape(shape, order="F" if by_column else "C")
+    return torch.from_numpy(x.astype(np.float64))
 
 def adm_statistics(path: str | Path, extractor: Extractor, batch_size: int) -> dict:
     """Read moments from an ADM reference file, whose count is unknown, and measure its images, if any.
@@ -457,13 +508,14 @@ def adm_statistics(path: str | Path, extractor: Extractor, batch_size: int) -> d
     Raises ValueError for a file without moments.
     """
     keys = ("mu", "sigma", "mu_s", "sigma_s")
-    with np.load(path) as f:
-        names = f.files
-        stats = {k: torch.from_numpy(f[k]).double() for k in keys if k in names}
+    with _damaged(path, "ADM reference file"), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        stats = {k: _read_moments(archive, k) for k in keys if k in names}
     if tuple(stats) not in (keys, keys[:2]):
         raise ValueError(f"{path} holds {names}, not mu and sigma (sFID: mu_s, sigma_s)")
     content = stats["mu"].numpy().tobytes() + stats["sigma"].numpy().tobytes()
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    _check_statistics(stats | dict(count=None), path)
     stats |= dict(count=None, extractor=extractor.label, fingerprint=f"moments-{digest}")
     if "arr_0" in names:
         images = statistics(path, extractor, batch_size)
@@ -475,7 +527,9 @@ def statistics_file(path: str | Path, extractor: Extractor, batch_size: int) -> 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no reference {path}: give an .npz or .safetensors file")
     if Path(path).suffix == ".safetensors": return load_statistics(path, extractor)
-    if not zipfile.is_zipfile(path) or "mu.npy" not in zipfile.ZipFile(path).namelist(): return None
+    if not zipfile.is_zipfile(path): return None
+    with _damaged(path, "ADM reference file"), zipfile.ZipFile(path) as archive:
+        if "mu.npy" not in archive.namelist(): return None
     return adm_statistics(path, extractor, batch_size)
 
 # %% ../nbs/09_metrics.ipynb #c065b
@@ -517,10 +571,11 @@ def compare(fake: dict, real: dict, k: int = 3, splits: int = 10) -> dict:
     name, other = fake["extractor"], real["extractor"]
     if name != other:
         raise ValueError(f"generated images went through {name!r}, the reference through {other!r}: use one")
-    width, other = len(fake["mu"]), len(real["mu"])
-    if width != other:
-        raise ValueError(f"the reference holds {other} features, {name} has {width}: "
-                         "take the extractor it was made with")
+    for part, what in (("mu_s", "spatial features"), ("mu", "features")):
+        width, other = len(fake[part]), len(real.get(part, fake[part]))
+        if width != other:
+            raise ValueError(f"the reference holds {other} {what}, {name} has {width}: "
+                             "take the extractor it was made with")
 
     notes = [f"{count} {title} images for {width} features: "
              "the covariance is singular, and FID far too large"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import fill, read_checkpoint
+from .core import check_fit, fill, first_line, read_checkpoint
 from .dit import DiT
 from .model import build
 
@@ -98,7 +98,8 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     name = "the state dict" if isinstance(source, dict) else str(source)
     state = source if isinstance(source, dict) else read_checkpoint(Path(source))
     state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not all(isinstance(k, str) for k in state):
         raise ValueError(f"{name} holds no state dict of tensors")
 
     # of a Lightning checkpoint, one of the two models in it
@@ -107,10 +108,15 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if not state: raise ValueError(f"{name} holds no {prefix}* weights: load it with ema={not ema}")
 
-    state = rename({k.replace("_orig_mod.", ""): v for k, v in state.items()})     # torch.compile's prefix
-    try: config = infer_config(state)
-    except (KeyError, ValueError, AttributeError) as e:
-        raise ValueError(f"{name} is not a checkpoint of the authors' DeCo or DiT (no {e})") from None
+    # Its configuration, and whether all fits, before a model takes memory.
+    try:
+        state = rename({k.replace("_orig_mod.", ""): v for k, v in state.items()})   # torch.compile's prefix
+        config = infer_config(state)
+        with torch.device("meta"): bare = build(config)
+    except Exception as e:                                  # names and shapes may be anything
+        reason = f"no {e}" if isinstance(e, KeyError) else first_line(e)
+        raise ValueError(f"{name} is not a checkpoint of the authors' DeCo or DiT ({reason})") from None
+    check_fit(bare, state, name)
     model = build(config)
     fill(model, reorder(state, config), name)
     return model.eval()

@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 from .config import parse
-from .core import ABOVE_0, check_settings, Parser, read_json, run_command, setting, traits
+from .core import (ABOVE_0, between, broken, check_settings, Parser, read_json, run_command, setting,
+                       traits, whole)
 from .datasets import NAMED
 from .dit import DiT, linear_flops
-from .model import SIZES, build, model_args
+from .model import SIZES, build, check_arguments, model_args
 
 # %% ../nbs/13_plan.ipynb #p008
 _Size = int | tuple[int, int]                                     # pixels: a square's side, or (H, W)
@@ -33,6 +34,7 @@ def _bare(config):
     config: `DiT.config`, or a row of SIZES. Raises ValueError where it makes no model, or one
     whose head does not say what it costs.
     """
+    check_arguments(config)
     try: model = _built(tuple(sorted(config.items())))
     except TypeError as e:
         raise ValueError(f"no model has this configuration: {str(e).split('() ')[-1]}") from None
@@ -209,7 +211,7 @@ _GPUS = dict(a800=(312, 80), h100=(989, 80), h200=(989, 141), b200=(2250, 180))
 @dataclass
 class Machine:
     "What a run's machine is and does: the settings of `plan` that no formula gives."
-    gpus: int = setting(1, "", "processes, one GPU each", ABOVE_0, metavar="N")
+    gpus: int = setting(1, "", "processes, one GPU each", between(1, 10**6), metavar="N")
     gpu: str = setting("a800", "", "kind of GPU (the paper's: a800)", tuple(_GPUS))
     tflops: float | None = setting(
         None, "", "TFLOP/s that it achieves (0.4 of its peak in bf16, an assumption)", ABOVE_0, type=float,
@@ -302,7 +304,8 @@ def _text_width(name):
     "Give the width of a language model, of the table or its folder. Raises ValueError for another."
     path = Path(name) / "config.json"
     if name in _TEXT_WIDTHS: return _TEXT_WIDTHS[name]
-    if path.is_file(): return read_json(path)["hidden_size"]
+    width = read_json(path).get("hidden_size") if path.is_file() else None
+    if not broken(whole(1, 2**16), width): return width
     raise ValueError(f"--text {name}: its width is not known here; give its folder, "
                      f"or one of {', '.join(_TEXT_WIDTHS)}")
 
@@ -311,6 +314,7 @@ def cost(cfg, **machine) -> str:
 
     Raises ValueError as `plan` does.
     """
+    check_settings(cfg)
     classes = NAMED[cfg.data].classes if cfg.data in NAMED else 1000
     config = SIZES[cfg.model] | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.text: config |= dict(text_width=_text_width(cfg.text), text_length=cfg.text_length)

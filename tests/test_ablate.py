@@ -155,7 +155,8 @@ def test_bad_input(photos, tmp_path):
     assert "--seeds" in run(ablate, *command, "--seeds", "0")
     assert "--seeds: 'x' names no seed" in run(ablate, *command, "--seeds", "x")
     assert "--checkpoints" in run(ablate, *command, "--checkpoints", "3")
-    assert run(ablate, *command, "--num-images", "3") == "error: --num-images must be at least 4, not 3"
+    wanted = "error: --num-images must be a whole number from 4 to 10000000, not 3"
+    assert run(ablate, *command, "--num-images", "3") == wanted
     assert "no weights" in run(ablate, *command, "--extractor-weights", tmp_path / "none.safetensors")
     assert not (tmp_path / "runs" / "dit-0" / "model.safetensors").exists()     # said before training
     assert "not in table1" in run(ablate, *small(photos, tmp_path, "dit-64"))

@@ -98,7 +98,7 @@ def test_draws_and_hears_the_seed(page):
 
 
 COMPLAINTS = [(dict(prompt=" "), "prompt is empty"), (dict(prompt="x" * 10_000), "10,000 characters"),
-              (dict(steps=0), "at least 1"), (dict(width=33), "multiple of patch_size"),
+              (dict(steps=0), "from 1 to 1000"), (dict(width=33), "multiple of patch_size"),
               (dict(height=4096), "too large"),
               (dict(negative_prompt="y" * 3000), "negative prompt has 3,000")]
 

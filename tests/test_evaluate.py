@@ -135,7 +135,7 @@ def test_ignored_settings_are_an_error():
     for settings, text in (
             (dict(compare=two, run="x", seed=3), "--compare reads reports: leave out run, --seed"),
             (dict(samples="a", guidance=2.0), "--samples takes images as they are: leave out --guidance"),
-            (dict(run="x", num_images=3), "--num-images must be at least 4, not 3"),
+            (dict(run="x", num_images=3), "--num-images must be a whole number from 4 to 10000000, not 3"),
             (dict(compare=two), "call compare_reports"), ({}, "give the folder of a run")):
         with pytest.raises(ValueError, match=text): evaluation.evaluate(Evaluation(**settings))
     check_evaluation(Evaluation(samples="a", interval=[0, 1], guidance=3))
@@ -211,7 +211,7 @@ def test_bad_input(done, quick, weights, tmp_path, monkeypatch):
     cases = {
         "nowhere": ["nowhere", *weights],
         "give the folder of a run": [],
-        "--num-images must be at least 4, not 3": [done, "--num-images", 3],
+        "--num-images must be a whole number from 4 to 10000000, not 3": [done, "--num-images", 3],
         "--batch-size": [done, *quick, "--batch-size", 0],
         "no reference": [done, *quick, "--reference", tmp_path / "nowhere.npz"],
         "has images of": [done, *quick, "--reference", tmp_path / "wide.npz"],

@@ -155,7 +155,7 @@ def test_reference_cache(images, weights, classifier, tmp_path, monkeypatch):
     reference_statistics(images.flip(0), newer, cache)                      # a cache
     assert len(calls) > made, "another extractor"
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert "holds no statistics" in complaint(reference_statistics, cache, newer)
+    assert "no file of statistics" in complaint(reference_statistics, cache, newer)
     reference_statistics(images, newer, cache)
     assert reference_statistics(cache, newer)["count"] == 300 and not list(cache.parent.glob("*.tmp"))
     assert "generator" in complaint(reference_statistics, iter([images]), counted, cache)

@@ -163,7 +163,7 @@ def test_settings_of_python(trained, tmp_path):
     prepared = prepare(Sampling(run="scenes-toy", prompt="a photo of a cross", num_images=2))
     assert prepared.names == ["a photo of a cross"] and prepared.labels == [0, 0]
     assert prepared.settings["classes"] == prepared.names != prepared.info["classes"]
-    for wrong, text in ((dict(num_images=0), "--num-images must be at least 1, not 0"),
+    for wrong, text in ((dict(num_images=0), "--num-images must be a whole number from 1 to 10000000, not 0"),
                         (dict(seed=-1), "--seed must be at least 0, not -1"),
                         (dict(solver="rk9"), "--solver"), (dict(size=(8, 8, 8)), "--size takes")):
         with pytest.raises(ValueError, match=text): draw(Sampling(run=trained, **wrong))

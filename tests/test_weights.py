@@ -83,7 +83,8 @@ def test_official(tmp_path):
 def test_newer_model_of_an_older_info(saved):
     "An info of another model's config.json, \"model\" and all: the model's own configuration is written."
     other = create("deco-tiny", num_classes=5)
-    other.save_pretrained(saved, json.loads((saved / "config.json").read_text("utf-8")))
+    info = json.loads((saved / "config.json").read_text("utf-8")) | dict(classes=list("abcde"))
+    other.save_pretrained(saved, info)
     assert DeCo.from_pretrained(saved).num_classes == 5
 
 

@@ -606,7 +606,7 @@ def test_a_run_says_what_it_left_out_and_what_comes_next(tmp_path, capsys, caplo
     assert rows[-1]["left_out"] == {".heic": 1, "bad pictures": 1} and "left out of" in caplog.text
     [line] = [line for line in capsys.readouterr().out.splitlines() if "-m deco.sample" in line]
     words = shlex.split(line)[3:]
-    assert words[words.index("--classes") + 1] == "1,2,3,4"                            # names, not numbers of labels
+    assert words[words.index("--classes") + 1] == "1,2,3,4"                        # names, not labels
     assert run(sampling, *words[:-2], "--out", tmp_path / "grid.png", "--num-images", 4, "--steps", 2) == ""
     assert "4 images of 1, 2, 3, 4" in capsys.readouterr().out
 

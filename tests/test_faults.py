@@ -1,4 +1,4 @@
-"What befalls a run (tools/siege.py tries more of each kind), other machines, and one process at a time."
+"What befalls a run (tools/faults.py tries more of each kind), other machines, and one process at a time."
 import os
 import signal
 import subprocess
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
-import siege
+import faults
 from conftest import run
 from deco import core, STOP_SIGNALS
 from deco import train as training
@@ -31,20 +31,20 @@ CASES = [*(f"killed at write {k}" for k in (3, 5, 7, 9)), "full disk at write 4"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("siege") / "base"
-    siege.make_base(base)
+    base = tmp_path_factory.mktemp("faults") / "base"
+    faults.make_base(base)
     return base
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_run(name, base):
-    kind, check = siege.CASES[name]
-    check(siege.Place(base, kind))
+    kind, check = faults.CASES[name]
+    check(faults.Place(base, kind))
 
 
 def test_no_line_of_a_log_stops_a_run(tmp_path, capsys):
     first, last = '{"images": 16, "mse": 1.0, "mse_by_time": [0.5, null]}', '{"images": 32, "mse": NaN}'
-    rows = [first, *siege.LINES, last, '{"im']
+    rows = [first, *faults.LINES, last, '{"im']
     (tmp_path / "log.jsonl").write_text("\n".join(rows), "utf-8")
     kept = training.read_log(tmp_path / "log.jsonl")
     assert [row["images"] for row in kept] == [16, 1e9, 32]
@@ -56,7 +56,7 @@ def test_no_line_of_a_log_stops_a_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_saves(number, base, monkeypatch):
-    place, real = siege.Place(base, ""), training.ema_update
+    place, real = faults.Place(base, ""), training.ema_update
     def interrupted(*args):
         real(*args)
         if args[-1] == 0: signal.raise_signal(number)
@@ -115,7 +115,7 @@ def test_reader_killed():
 # --- one at a time
 
 def test_two_at_once(base, monkeypatch):
-    place, real = siege.Place(base), training.claim
+    place, real = faults.Place(base), training.claim
     monkeypatch.setattr(training, "claim", lambda folder, patience: real(folder, patience=0.1))
     with claim(place.run) as holder:
         assert holder == ""
@@ -175,7 +175,7 @@ run_command(lambda: deco.sample.main([run, "--num-images", "2", "--steps", "1", 
 def test_elsewhere(base, tmp_path):
     "Without what only Linux has, in a locale without letters, with classes that need them: a run, measured."
     data = tmp_path / "data"
-    siege.shutil.copytree(base / "photos", data)
+    faults.shutil.copytree(base / "photos", data)
     (data / "blue").rename(data / "猫")
     (data / "red").rename(data / "ключ")
     weights = ROOT / "nbs/results/09_classifier/model.safetensors"
