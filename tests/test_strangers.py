@@ -32,7 +32,7 @@ def test_memory_is_bounded(trained, tmp_path):
     if sys.platform == "win32": pytest.skip("no limit of memory here")
     import resource
     before = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 if Path("/proc").exists() else 2**34
+    size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * 4096 if Path("/proc").exists() else 2**34
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, before[1]))
     try: wrong = [case for case in siege.bombs(tmp_path, trained, 20) if case[1]]
     finally: resource.setrlimit(resource.RLIMIT_AS, before)
@@ -81,14 +81,14 @@ def test_a_language_model_is_never_fetched_or_run(tmp_path, monkeypatch):
         language_model("nobody/nothing", "cpu")
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w')\nfrom transformers import PretrainedConfig as C"
-    (tmp_path / "code.py").write_text(code)
+    (tmp_path / "code.py").write_text(code, "utf-8")
     config = dict(model_type="x", auto_map=dict(AutoConfig="code.C"))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks"))
     with pytest.raises(FileNotFoundError, match="no language model"): language_model(str(tmp_path), "cpu")
     assert not ran.exists()
     config = dict(model_type="bert", hidden_size=8, num_attention_heads=2)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
     with pytest.raises(FileNotFoundError, match="no language model"): language_model(str(tmp_path), "cpu")
 
@@ -114,7 +114,7 @@ def test_foreign_pictures(trained, tmp_path):
     assert run(sample, *mine) == ""
     Image.new("RGB", (8, 8)).save(tmp_path / "mine" / "000001.png")
     assert "000001.png is no picture of 16 x 16 pixels: remove it" in run(sample, *mine)
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", "utf-8")
     assert "is a file, not a folder" in run(sample, *command[:-1], tmp_path / "file")
 
 

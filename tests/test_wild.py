@@ -230,7 +230,7 @@ def tar_per_class(root, classes, stem="n{:08}"):
 def img2dataset(root, classes):
     one_tar(root / "d", classes, "json").rename(root / "d" / "00000.tar")
     write_table(root / "d" / "00000.parquet", [dict(url="x", key="0", label="wrong")])
-    (root / "d" / "00000_stats.json").write_text("{}")
+    (root / "d" / "00000_stats.json").write_text("{}", "utf-8")
     return root / "d"
 
 
@@ -238,7 +238,7 @@ def hub_clone(root, classes):
     rows = [dict(image=dict(bytes=encoded(plain(k)), path=f"{k}.png"), label=k % 12) for k in range(24)]
     for part in range(2):
         write_table(root / "repo" / "data" / f"train-{part:05}.parquet", rows[part::2], classes)
-    (root / "repo" / "README.md").write_text("a data set")
+    (root / "repo" / "README.md").write_text("a data set", "utf-8")
     (root / "repo" / ".git").mkdir()
     (root / "repo" / ".git" / "x.png").write_bytes(b"no picture")
     return root / "repo"
@@ -367,7 +367,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
         (folder / name).mkdir()
         (folder / name / "0.png").write_bytes(encoded(plain(0)))
     (folder / "cat" / "._0.png").write_bytes(b"mac")
-    (folder / "cat" / "notes.txt").write_text("a caption or so")
+    (folder / "cat" / "notes.txt").write_text("a caption or so", "utf-8")
     os.symlink("/nowhere", folder / "dog")
     os.symlink("..", folder / "cat" / "up")
     (folder / "old.tar").write_bytes(b"")

@@ -146,7 +146,7 @@ def main():
     for call in ("first", "second"):
         for reader, layout in WAYS:
             run = [sys.executable, __file__, *sys.argv[1:], "--one", reader, layout]
-            done = subprocess.run(run, capture_output=True, text=True)
+            done = subprocess.run(run, capture_output=True, encoding="utf-8")
             lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
             result = json.loads(lines[-1]) if lines else dict(error=done.stderr.strip().splitlines()[-1:])
             rows.append(dict(reader=reader, layout=layout, call=call, **result))

@@ -94,7 +94,7 @@ def commands(run: Path, real: bool) -> list[tuple]:
     out, words = run.parent / "out", run.parent / "words"
     cheap = ["--steps", "1", "--num-images", "1", "--device", "cpu"]
     prompts = run.parent / "prompts.jsonl"
-    prompts.write_text('{"tag": "x", "include": [], "prompt": "a photo"}\n')
+    prompts.write_text('{"tag": "x", "include": [], "prompt": "a photo"}\n', "utf-8")
     tiny = ["--model", "deco-tiny", "--size", "16", "--images", "16", "--batch-size", "8", "--steps", "1",
             "--data", "openmoji", "--device", "cpu"]
     dry = [] if real else ["--dry-run"]
@@ -190,7 +190,7 @@ def make_files(folder: Path, run: Path) -> dict[str, tuple]:
                   reference=dict(name="data", n=12, fingerprint="f"), notes=["note"], command="python -m x",
                   settings=dict(run="r", seed=0, labels="data", classes=["cat", "dog"], size=16, num=12),
                   seconds={}, spectra=dict(samples=stats["spectrum"].tolist()))
-    for name in ("report.json", "other.json"): (folder / name).write_text(json.dumps(report))
+    for name in ("report.json", "other.json"): (folder / name).write_text(json.dumps(report), "utf-8")
     np.savez(folder / "images.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     moments = ("mu", "sigma", "mu_s", "sigma_s")
     small = {k: stats[k].numpy()[(slice(9),) * stats[k].ndim] for k in moments}
@@ -202,8 +202,8 @@ def make_files(folder: Path, run: Path) -> dict[str, tuple]:
     save_file(tensors, folder / "stats.safetensors", texts)
     golden = Path(__file__).parent.parent / "tests/golden/lightning_tiny.ckpt"
     (folder / "model.ckpt").write_bytes(golden.read_bytes())
-    (folder / "prompts.jsonl").write_text('{"tag": "x", "include": [], "prompt": "a photo"}')
-    (folder / "samples.json").write_text(json.dumps(report["settings"]))
+    (folder / "prompts.jsonl").write_text('{"tag": "x", "include": [], "prompt": "a photo"}', "utf-8")
+    (folder / "samples.json").write_text(json.dumps(report["settings"]), "utf-8")
     out = folder / "grid.png"
 
     def draw():
@@ -242,7 +242,7 @@ def files(folder: Path, share: float, seed: int, bombed: bool = True) -> Iterato
         if path.suffix in (".json", ".jsonl"): changed = edits(json.loads(whole))
         else: changed = damages(whole, seed)
         for what, content in some(changed, share, seed):
-            if isinstance(content, str): path.write_text(content)
+            if isinstance(content, str): path.write_text(content, "utf-8")
             else: path.write_bytes(content)
             yield f"{path.name}: {what}", judged(read)
         path.write_bytes(whole)
@@ -255,10 +255,10 @@ def bombs(folder: Path, run: Path, megabytes: int = 2000) -> Iterator[Case]:
     megabytes: what those that are packed unpack to.
     """
     folder.mkdir(exist_ok=True)
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text("utf-8"))
     weights = (run / "model.safetensors").read_bytes()
     def load_with(info):
-        (folder / "config.json").write_text(json.dumps(info))
+        (folder / "config.json").write_text(json.dumps(info), "utf-8")
         (folder / "model.safetensors").write_bytes(weights)
         return judged(lambda: deco.load(folder), refused=True)
     deep = 10 if megabytes < 1000 else 1000
