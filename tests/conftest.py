@@ -1,9 +1,14 @@
+import importlib
 import io
+import multiprocessing
+import os
+import socket
 import sys
 import tarfile
 from pathlib import Path
 import pytest
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 from deco.core import run_command
 
@@ -19,6 +24,28 @@ def run(command, *argv) -> str:
         assert "\n" not in str(e.code), "more than one line"
         return str(e.code)
     return ""
+
+
+multiprocessing.set_forkserver_preload(["deco.train", "deco.evaluate", "deco.geneval"])
+
+def rank(index: int, port: int, module: str, argv: list[str]) -> None:
+    "One of two processes, with the environment that torchrun gives it, in which a command runs."
+    os.environ |= dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    importlib.import_module(module).main(argv)
+
+
+def two(module: str, *argv) -> None:
+    """Run a module's main in two processes, as torchrun does. Each begins with torch imported: at once.
+
+    What torchrun itself adds (its store, its signals) is tested in test_parallel.py.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    mp.start_processes(rank, (port, module, [str(a) for a in argv]), nprocs=2, start_method=method)
 
 
 def make_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -42,6 +69,12 @@ def photos(tmp_path_factory):
             lighter = tuple(min(255, v + 5 * i) for v in color)
             Image.new("RGB", (24 + i, 20), lighter).save(root / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    "Where several tests keep what is drawn and encoded once: pictures, embeddings of captions."
+    return tmp_path_factory.mktemp("shared") / "data"
 
 
 @pytest.fixture(autouse=True)

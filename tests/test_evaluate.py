@@ -1,18 +1,15 @@
 "The report as its users meet it: images drawn or given, references, reuse, comparisons, and bad input."
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 import deco
-from conftest import run
+from conftest import run, two
 from deco import evaluate as evaluation
 from deco import sample as sampling
 from deco import train as training
@@ -275,16 +272,8 @@ def test_files_are_read_in_order_and_again(tmp_path):
 
 
 def test_several_processes(done, quick, tmp_path):
-    "torchrun shares the drawing; one process reports, and the number is the same."
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "deco.evaluate", done, *quick, "--out", tmp_path]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120,
-                   env=os.environ | dict(OMP_NUM_THREADS="1"))
+    "Two processes share the drawing; one process reports, and the number is the same."
+    two("deco.evaluate", done, *quick, "--out", tmp_path)
     a, b = report(done / "evaluation"), report(tmp_path)
     assert b["versions"]["processes"] == 2 and b["drawn_now"] == 12
     assert b["metrics"]["fid"] == pytest.approx(a["metrics"]["fid"], rel=1e-3)
-
-
-def test_import_stays_light():
-    heavy = "{'scipy', 'matplotlib', 'torchvision', 'torch_fidelity'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", f"import sys, deco.evaluate; sys.exit({heavy} or 0)"], check=True)

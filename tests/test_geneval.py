@@ -4,13 +4,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import pytest
 import torch
 from PIL import Image
 import deco
-from conftest import run
+from conftest import run, two
 from deco import geneval
 from deco.core import command_line
 from deco.geneval import Export, export, problems, read_items, write_item
@@ -102,10 +100,7 @@ def test_ranks_share_the_prompts(model, prompts):
     alone, both = prompts / "one", prompts / "two"
     command = [model, "--prompts", prompts / "g.jsonl", "--steps", 2]
     assert run(geneval, *command, "--out", alone) == ""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*torchrun, "-m", "deco.geneval", *map(str, command), "--out", both],
-                          capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two("deco.geneval", *command, "--out", both)
     assert contents(alone) == contents(both)
 
 

@@ -1,69 +1,110 @@
 "tools/gpu.py, rehearsed on the CPU: all of it runs, and a fault in each part is reported and survived."
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-TOOL = Path(__file__).parent.parent / "tools" / "gpu.py"
-
-FAULTS = """
-import math
-import sys
-import time
+from types import SimpleNamespace
+from unittest import mock
+import pytest
 import torch
-import torch.nn.functional as F
 import deco.decoder
 import deco.dit
+import gpu
+from conftest import run
+from deco import train as training
 
-tool = sys.modules["__main__"]
+
+@pytest.fixture(autouse=True)
+def precision():
+    "Parts choose how exact a product is; the tests of other files want their own."
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def findings(part: str, folder: Path) -> list[dict]:
+    "What a part notes, at the sizes of a rehearsal, in this process."
+    note = gpu.Notes(folder / f"{part}.jsonl", part)
+    gpu.PARTS[part][0](gpu.Bench("cpu", True, 60, folder), note)
+    return [json.loads(line) for line in note.path.read_text("utf-8").splitlines()]
+
+
+def processes_once(monkeypatch) -> None:
+    "The first training alone and the first of torchrun are processes; later ones run in this process."
+    seen = set()
+    start = gpu.run_train
+    def run_train(arguments, launcher, until=0):
+        if len(launcher) not in seen:
+            seen.add(len(launcher))
+            return start(arguments, launcher, until)
+        ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        with mock.patch.dict(os.environ, ranks if len(launcher) > 1 else {}): text = run(training, *arguments)
+        return bool(text), text
+    monkeypatch.setattr(gpu, "run_train", run_train)
+
+
+@pytest.mark.parametrize("part, least", [("golden", 19), ("losses", 1), ("step", 1), ("sampling", 0),
+                                         ("text", 0), ("profile", 0), ("whole", 6), ("picture", 2)])
+def test_part(part, least, tmp_path, monkeypatch):
+    "Nothing is amiss, and so much is judged."
+    processes_once(monkeypatch)
+    rows = findings(part, tmp_path)
+    assert not [row for row in rows if row["ok"] is False]
+    assert len(rows) > 1 or part == "losses"
+    assert sum(row["ok"] is True for row in rows) >= least
+    if part == "picture":
+        for name in ("deco-toy", "dit-toy"): assert (tmp_path / name / "samples.png").exists()
+
 
 def fail(error):
     def f(*args, **settings): raise error
     return f
 
-def turn_back(x, cos, sin): return rotate(x, cos, -sin)
-rotate = deco.dit.rotate
 
-part = sys.argv[1]
-if part == "golden": deco.dit.rotate = turn_back                                    # a wrong sign
-if part == "losses": deco.decoder.modulate = lambda x, shift, scale: x * math.nan   # NaN
-if part == "step": F.scaled_dot_product_attention = fail(NotImplementedError("no such kernel"))
-if part == "sampling": tool.sample = fail(torch.OutOfMemoryError("out of memory: 80 GiB"))
-if part == "text": torch.optim.AdamW.step = fail(torch.OutOfMemoryError("out of memory: 80 GiB"))
-if part == "profile": time.sleep(1000)
-if part == "whole": tool.run_train = fail(OSError("no torchrun"))
-if part == "picture": tool.train = fail(FloatingPointError("loss nan in 3 steps in a row"))
-"""
+def turn_back(x, cos, sin, rotate=deco.dit.rotate): return rotate(x, cos, -sin)
 
 
-def report(out: Path, *flags) -> tuple[int, dict]:
-    "Rehearse; the exit code and the report."
-    command = [sys.executable, TOOL, "--rehearse", "--out", out, *flags]
+MEMORY = torch.OutOfMemoryError("out of memory: 80 GiB")
+FAULTS = {"golden": (deco.dit, "rotate", turn_back, "velocity of c2i"),                      # a wrong sign
+          "losses": (deco.decoder, "modulate", lambda x, shift, scale: x * math.nan, "nan"),
+          "step": (torch.nn.functional, "scaled_dot_product_attention",
+                   fail(NotImplementedError("no such kernel")), "no such kernel"),
+          "sampling": (gpu, "sample", fail(MEMORY), "out of memory"),
+          "text": (torch.optim.AdamW, "step", fail(MEMORY), "out of memory"),
+          "whole": (gpu, "run_train", fail(OSError("no torchrun")), "no torchrun"),
+          "picture": (gpu, "train", fail(FloatingPointError("loss nan in 3 steps in a row")), "loss nan")}
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_a_fault_in_a_part(part, tmp_path, monkeypatch):
+    module, name, broken, word = FAULTS[part]
+    monkeypatch.setattr(module, name, broken)
+    try: rows = findings(part, tmp_path)
+    except Exception as e:                                       # which ends the part: the command notes it
+        rows = [dict(name="the part ended", value=repr(e), ok=False)]
+    bad = [f"{row['name']}: {row['value']}" for row in rows if row["ok"] is False]
+    assert any(word.lower() in text.lower() for text in bad), bad
+
+
+def test_the_command(tmp_path):
+    "A process for each part: what one of them does not survive, the others do not feel."
+    fault = tmp_path / "fault.py"
+    fault.write_text("import sys\nif sys.argv[1] == 'step': raise OSError('no such device')\n", "utf-8")
+    command = [sys.executable, gpu.__file__, "step", "losses", "--rehearse", "--limit", "120",
+               "--first", fault, "--out", tmp_path]
     done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, encoding="utf-8")
-    assert (out / "gpu.md").exists(), done.stderr[-2000:]
-    return done.returncode, json.loads((out / "gpu.json").read_text("utf-8"))
+    assert done.returncode == 1, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["rows"]
+    bad = {row["part"]: row["value"] for row in rows if row["ok"] is False}
+    assert bad.keys() == {"step"} and any(row["part"] == "losses" and row["ok"] for row in rows)
+    assert "no such device" in bad["step"] and "**NO**" in (tmp_path / "gpu.md").read_text("utf-8")
 
 
-def test_rehearsal(tmp_path):
-    code, found = report(tmp_path)
-    assert code == 0, [row for row in found["rows"] if row["ok"] is False]
-    assert len({row["part"] for row in found["rows"]}) == 8
-    assert sum(row["ok"] is True for row in found["rows"]) > 25
-    for name in ("deco-toy", "dit-toy"): assert (tmp_path / "picture" / name / "samples.png").exists()
-
-
-def test_a_fault_in_each_part(tmp_path):
-    (tmp_path / "faults.py").write_text(FAULTS, "utf-8")
-    code, found = report(tmp_path, "--first", tmp_path / "faults.py", "--limit", 25)
-    assert code == 1
-    bad = {}
-    for row in found["rows"]:
-        if row["ok"] is False: bad.setdefault(row["part"], []).append(f"{row['name']}: {row['value']}")
-    assert len(bad) == 8, bad
-    for part, word in dict(golden="velocity of c2i", losses="nan", step="no such kernel",
-                           sampling="out of memory", text="out of memory", profile="no end within 25 s",
-                           whole="no torchrun", picture="loss nan").items():
-        assert any(word.lower() in text.lower() for text in bad[part]), (part, bad[part])
-    assert "**NO**" in (tmp_path / "gpu.md").read_text("utf-8")
+def test_a_part_that_hangs(tmp_path):
+    (tmp_path / "fault.py").write_text("import time\ntime.sleep(1000)\n", "utf-8")
+    args = SimpleNamespace(out=tmp_path, device="cpu", rehearse=True, first=tmp_path / "fault.py")
+    end, seconds = gpu.run_part("profile", 3, args)
+    assert end["ok"] is False and end["value"].startswith("no end within 3 s") and seconds["value"] >= 3

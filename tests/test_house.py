@@ -2,6 +2,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from configparser import ConfigParser
 from pathlib import Path
@@ -59,6 +61,32 @@ def test_no_import_runs_up():
     assert set(floor) == {p.stem for p in MODULES}, "a module has no floor: give it one in FLOORS"
     up = {(p.stem, name) for p in MODULES for name in imports(p) if floor[name] >= floor[p.stem]}
     assert up == {EXCEPTION}
+
+
+LIGHT = """
+import sys, time, torch
+def absent(*names): assert not set(names) & set(sys.modules), set(names) & set(sys.modules)
+start = time.time()
+import deco
+seconds = time.time() - start
+absent("nbdev", "fastcore", "matplotlib", "scipy", "torchvision", "IPython")     # of notebooks, of plots
+absent("huggingface_hub", "httpx", "requests")                                   # the hub, before it is asked
+import deco.plan
+absent("deco.train")                                                             # which uses the plan
+import deco.metrics, deco.evaluate
+absent("scipy", "matplotlib", "torchvision", "torch_fidelity", "efficientnet_lite_pytorch")
+assert seconds < 0.5, seconds
+"""
+
+def test_imports_are_light():
+    "import deco adds little to import torch, and each module brings what it needs and no more."
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", LIGHT]
+    tries = (subprocess.run(command, capture_output=True, encoding="utf-8") for _ in range(3))    # up to three
+    errors = []
+    for done in tries:
+        if done.returncode == 0: return
+        errors.append(done.stderr[-1000:])
+    raise AssertionError("\n".join(errors))
 
 
 def test_size():

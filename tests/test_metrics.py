@@ -1,7 +1,6 @@
 "Metrics as users meet them: bad input, files, streams, merging. Other codes' values: nbs/09_metrics.ipynb."
 import hashlib
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -184,7 +183,3 @@ def test_statistics_of_two_extractors_do_not_mix(reference):
     assert "use one" in complaint(compare, reference, reference | dict(extractor="inception 6726825d"))
 
 
-def test_import_stays_light():
-    heavy = {"scipy", "matplotlib", "torchvision", "torch_fidelity", "efficientnet_lite_pytorch"}
-    script = f"import sys, deco.metrics; sys.exit({heavy} & set(sys.modules) or 0)"
-    subprocess.run([sys.executable, "-c", script], check=True)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 import pytest
 import torch
-from conftest import run
+from conftest import run, two
 from deco.config import PRESETS
 from deco import train as training
 from deco.core import read_tensors
+from smoke import smoke
 
 STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0",
          "--ema-decay", "0.99", "0.9"]
@@ -27,9 +28,9 @@ def start_two(*argv) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", env=ONE_THREAD)
 
 
-def two(*argv, script=("-m", "deco.train")) -> str:
-    "A command in two processes; what it prints."
-    agent = start_two(*script, *argv)
+def torchrun(*argv) -> str:
+    "A script in two processes of torchrun; what it prints."
+    agent = start_two(*argv)
     try: out, err = agent.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         agent.terminate()                        # torchrun ends its processes; killed, it would leave them
@@ -76,7 +77,7 @@ def straight(photos, tmp_path_factory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("parallel")
     assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", out / "one") == ""
-    two(*STEPS, "--data", photos, "--images", 480, "--out", out / "two")
+    two("deco.train", *STEPS, "--data", photos, "--images", 480, "--out", out / "two")
     return out
 
 
@@ -84,14 +85,15 @@ def test_same_losses(straight, photos, tmp_path):
     "The same total batch: 1 process, 2 with DDP, 2 with FSDP, 1 with two passes a step."
     steps = [*STEPS, "--data", photos, "--images", 480]
     assert run(training, *steps, "--micro-batch", 8, "--out", tmp_path / "passes") == ""
-    two(*steps, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
+    two("deco.train", *steps, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
     for other in (straight / "two", tmp_path / "fsdp", tmp_path / "passes"): close(straight / "one", other)
 
 
 def test_fsdp_in_bf16(straight, photos, tmp_path):
     "Weights gathered in 16 bits, gradients summed in 32: near to one process's float32 (8 bits: 0.4 %)."
     steps = [*STEPS, "--data", photos, "--images", 480]
-    two(*steps, "--parallel", "fsdp", "--precision", "bf16", "--out", tmp_path / "run")
+    flags = "--parallel", "fsdp", "--precision", "bf16"
+    two("deco.train", *steps, *flags, "--out", tmp_path / "run")
     pairs = [(a["loss"], b["loss"]) for a, b in zip(rows(straight / "one"), rows(tmp_path / "run"))]
     assert len(pairs) == 30 and max(abs(a / b - 1) for a, b in pairs) < 2**-8
     assert all(p.dtype == torch.float32 for p in tensors(tmp_path / "run").values())
@@ -107,7 +109,7 @@ def test_resume_one(straight, photos, tmp_path, workers):
 
 def test_resume_two(straight, photos, tmp_path):
     steps = [*STEPS, "--data", photos, "--workers", 2, "--out", tmp_path / "run"]
-    for images in (240, 480): two(*steps, "--images", images)
+    for images in (240, 480): two("deco.train", *steps, "--images", images)
     same(straight / "two", tmp_path / "run")
 
 
@@ -115,8 +117,9 @@ def test_resume_elsewhere(straight, photos, tmp_path):
     "Two processes with DDP, then two with FSDP, then one: the same losses."
     shutil.copytree(straight / "two", tmp_path / "run")
     shutil.rmtree(training.checkpoints(tmp_path / "run")[-1])                            # back to step 15
-    two(*STEPS, "--data", photos, "--images", 400, "--parallel", "fsdp", "--out", tmp_path / "run")
-    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", tmp_path / "run") == ""
+    steps = [*STEPS, "--data", photos, "--out", tmp_path / "run"]
+    two("deco.train", *steps, "--images", 400, "--parallel", "fsdp")
+    assert run(training, *steps, "--images", 480) == ""
     close(straight / "one", tmp_path / "run")
 
 
@@ -162,22 +165,22 @@ def test_init(straight, photos, tmp_path):
     assert "does not fit" in run(training, *start, "--out", tmp_path / "other", "--model", "deco-toy")
 
 
-def test_smoke_two(tmp_path):
+def test_smoke_two(data_root):
     "A preset, shrunk: train, draw, save, resume, sample, evaluate within four steps, in two processes."
     for_classes, for_prompts = "deco-l-256", "t2i-256"                                   # DDP, FSDP
-    out = two(tmp_path, for_classes, for_prompts, script=(str(SMOKE),))
+    out = torchrun(SMOKE, data_root.parent, for_classes, for_prompts)
     assert "2 presets, 2 processes" in out
 
 
-def test_smoke_one(tmp_path):
+def test_smoke_one(data_root):
     "The same alone."
-    assert "2 presets, 1 processes" in alone(SMOKE, tmp_path, "scenes", "deco-xl-512")
+    smoke("scenes", data_root.parent, "ddp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_takes_a_step(preset, tmp_path):
-    flags = ["--preset", preset, "--smoke", "--images", 16, "--out", tmp_path / "run"]
-    assert run(training, *flags) == "" and rows(tmp_path / "run")[-1]["step"] == 1
+def test_every_preset_takes_a_step(preset, data_root, tmp_path):
+    flags = ["--preset", preset, "--smoke", "--images", 16, "--data-root", data_root]
+    assert run(training, *flags, "--out", tmp_path / "run") == "" and rows(tmp_path / "run")[-1]["step"] == 1
 
 
 def test_killed():

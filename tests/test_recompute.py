@@ -1,11 +1,10 @@
 "What the backward pass computes again changes memory and time, not gradients: under autocast, DDP and FSDP2."
-import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from conftest import two
 from deco.dit import RECOMPUTE
 from deco.model import create, DeCo
 
@@ -44,11 +43,10 @@ def differences(case, rank=0, name="deco-tiny"):
             assert (g - plain[n]).norm() <= 1e-5 * plain[n].norm() > 0, f"{case}, {choice}: {n}"
 
 
-def worker(rank, port):
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+def main(argv):
+    "What each of two processes does."
     dist.init_process_group("gloo")
-    for case in CASES: differences(case, rank)
+    for case in CASES: differences(case, dist.get_rank())
     dist.destroy_process_group()
 
 
@@ -57,12 +55,7 @@ def worker(rank, port):
 def test_one_process(case, name): differences(case, name=name)
 
 
-def test_two_processes():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=2)
+def test_two_processes(): two("test_recompute")
 
 
 def test_names():

@@ -1,4 +1,5 @@
 "What strangers send and fingers slip to: nasty numbers, edited and broken files, folders that are not ours."
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def test_memory_is_bounded(trained, tmp_path):
     if sys.platform == "win32": pytest.skip("no limit of memory here")
     import resource
     before = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * 4096 if Path("/proc").exists() else 2**34
+    size = 2**34
+    with contextlib.suppress(OSError): size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, before[1]))
     try: wrong = [case for case in siege.bombs(tmp_path, trained, 20) if case[1]]
     finally: resource.setrlimit(resource.RLIMIT_AS, before)

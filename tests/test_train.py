@@ -272,25 +272,6 @@ def test_sample_truncated(finished, tmp_path):
 
 # --- the package
 
-IMPORT = """
-import sys
-import time
-import torch
-start = time.time()
-import deco
-seconds = time.time() - start
-heavy = {"nbdev", "fastcore", "matplotlib", "scipy", "torchvision", "IPython"} & set(sys.modules)
-print(seconds, heavy)
-assert not heavy and seconds < 0.5
-"""
-
-def test_import_is_light():
-    "import deco adds little to import torch: neither the notebooks' tools nor a plotting library."
-    command = [sys.executable, "-c", IMPORT]
-    tries = [subprocess.run(command, capture_output=True, encoding="utf-8") for _ in range(3)]
-    assert any(p.returncode == 0 for p in tries), tries[-1].stdout + tries[-1].stderr
-
-
 def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit): parse(["--help"])
     text = capsys.readouterr().out

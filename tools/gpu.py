@@ -572,7 +572,7 @@ def part_picture(bench: Bench, note: Notes) -> None:
             cfg.out = str(bench.folder / name)
             seconds = seconds_per_step(bench, cfg)
             time_left = (bench.seconds / 2 - 20) * 0.8                   # of this one, beside start and grid
-            cfg.images = (12 if bench.tiny else max(100, int(time_left / seconds))) * cfg.batch_size
+            cfg.images = (4 if bench.tiny else max(100, int(time_left / seconds))) * cfg.batch_size
             cfg.sample_every = cfg.save_every = cfg.images
             folder = train(cfg)
             rows = log_rows(folder)
