@@ -16,14 +16,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 import torch
-from PIL import Image
 from torch import Tensor
 from . import __version__
 from .core import (NUMBER_4, cell, check_settings, command_line, dist_info, fenced, flag, memory_mb,
                        one_line, page, parse_settings, Parser, pick_device, read_report, reader_processes,
                        run_command, setting, table, write_figure, write_picture, write_text)
 from .config import Config
-from .data import Images, list_images, make_grid, read_image
+from .data import Images, list_images, make_grid, open_image, read_image, reason
 from .datasets import is_cifar, NAMED, open_data
 from .files import find_shards, InOrder
 from .metrics import compare, image_batches, load_extractor, reference_statistics, statistics
@@ -40,13 +39,20 @@ class ImageFiles:
             yield torch.stack([read_image(p, self.size) for p in self.paths[i:i + 100]])
 
 # %% ../nbs/10_evaluate.ipynb #54547a4a
+def _stored_size(path):
+    "Read the width and height of a picture. Raises ValueError naming a file that is none."
+    try:
+        with open(path, "rb") as f: return open_image(f).size
+    except Exception as e:                                          # a broken file makes Pillow raise anything
+        raise ValueError(f"cannot read image {path} ({reason(e)}): replace it or take it out") from None
+
 def open_samples(path: Path) -> tuple[Path | ImageFiles, dict]:
     """Open images made elsewhere, an .npz file or a folder: the images, and what samples.json says of them.
 
     Raises ValueError where they are not square and of one size.
     """
     files = list_images(path) if path.is_dir() else []
-    if files: sizes = {Image.open(p).size: p for p in files}                # (width, height): one such file
+    if files: sizes = {_stored_size(p): p for p in files}                   # (width, height): one such file
     else:
         height, width = next(image_batches(path, 1)).shape[-2:]
         sizes = {(width, height): path}
@@ -58,7 +64,7 @@ def open_samples(path: Path) -> tuple[Path | ImageFiles, dict]:
     settings = read_samples(settings_file) if settings_file.exists() else {}
     return ImageFiles(files, size) if files else path, settings | dict(samples=str(path), size=size)
 
-def _training_data(info, size):
+def _training_data(info, size, root):
     "Open the data of a run as it read them. Raises ValueError where its config.json names none."
     train = info.get("train")
     if not train:
@@ -68,9 +74,9 @@ def _training_data(info, size):
     name, elsewhere = own.data, info.get("source")                     # a path may be relative
     if elsewhere and not os.path.exists(name) and (os.path.exists(elsewhere) or find_shards(elsewhere)):
         name = elsewhere
+    if os.path.isdir(own.data_root): root = own.data_root              # where its indices are, if it is here
     upright = train.get("upright", False)                              # older runs turned nothing
-    return open_data(name, size, own.data_root, False, own.max_bad, bool(own.text), upright, own.one_class,
-                     own.seed)
+    return open_data(name, size, root, False, own.max_bad, bool(own.text), upright, own.one_class, own.seed)
 
 def open_reference(name: str, info: dict, size: int, upright: bool = True,
                    root: str | Path = "data") -> tuple[Tensor | Path | InOrder, str, Tensor | None]:
@@ -83,7 +89,7 @@ def open_reference(name: str, info: dict, size: int, upright: bool = True,
     path = Path(name)
     is_data = name in NAMED or path.is_dir() or find_shards(name) or is_cifar(path)
     if name != "data" and not is_data: return path, name, None         # of images or statistics
-    if name == "data": data = _training_data(info, size)
+    if name == "data": data = _training_data(info, size, root)
     else: data = open_data(name, size, root, upright=upright)
     title = f"training data: {info['train']['data']}" if name == "data" else name
     labels = data.labels if name == "data" else None

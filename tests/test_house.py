@@ -81,7 +81,7 @@ assert seconds < 0.5, seconds
 def test_imports_are_light():
     "import deco adds little to import torch, and each module brings what it needs and no more."
     command = [sys.executable, "-W", "error::ImportWarning", "-c", LIGHT]
-    tries = (subprocess.run(command, capture_output=True, encoding="utf-8") for _ in range(3))    # up to three
+    tries = (subprocess.run(command, capture_output=True, encoding="utf-8") for _ in range(3))
     errors = []
     for done in tries:
         if done.returncode == 0: return

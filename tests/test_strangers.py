@@ -34,7 +34,8 @@ def test_memory_is_bounded(trained, tmp_path):
     import resource
     before = resource.getrlimit(resource.RLIMIT_AS)
     size = 2**34
-    with contextlib.suppress(OSError): size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * 4096
+    with contextlib.suppress(OSError):
+        size = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, before[1]))
     try: wrong = [case for case in siege.bombs(tmp_path, trained, 20) if case[1]]
     finally: resource.setrlimit(resource.RLIMIT_AS, before)
