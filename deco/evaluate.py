@@ -43,7 +43,7 @@ def _stored_size(path):
     "Read the width and height of a picture. Raises ValueError naming a file that is none."
     try:
         with open(path, "rb") as f: return open_image(f).size
-    except Exception as e:                                          # a broken file makes Pillow raise anything
+    except Exception as e:                                      # a broken file makes Pillow raise anything
         raise ValueError(f"cannot read image {path} ({reason(e)}): replace it or take it out") from None
 
 def open_samples(path: Path) -> tuple[Path | ImageFiles, dict]:
@@ -236,10 +236,10 @@ def check_evaluation(cfg: Evaluation) -> None:
     "Check the settings of an evaluation. Raises ValueError for one that makes no sense, or would be ignored."
     check_settings(cfg)
     changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default]
-    for mode, needed, reason in (("compare", ("compare", "out"), "reads reports"),
-                                 ("samples", _MEASURING, "takes images as they are")):
+    for mode, needed, words in (("compare", ("compare", "out"), "reads reports"),
+                                ("samples", _MEASURING, "takes images as they are")):
         ignored = [k if k == "run" else flag(k) for k in changed if k not in needed]
-        if mode in changed and ignored: raise ValueError(f"--{mode} {reason}: leave out {', '.join(ignored)}")
+        if mode in changed and ignored: raise ValueError(f"--{mode} {words}: leave out {', '.join(ignored)}")
     if not (cfg.run or cfg.samples or cfg.compare):
         raise ValueError("give the folder of a run, --samples or --compare")
 
