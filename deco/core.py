@@ -138,6 +138,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file ({first_line(e)}): "
                          "restore it or use another folder") from None
 
+def _is_whole(v):
+    "Tell whether a tensor has a number in memory for each of its places."
+    if v.is_meta or v.layout != torch.strided: return False
+    return v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+
 def read_checkpoint(path: Path) -> dict:
     """Read a .safetensors file or a torch checkpoint, of which pickled code is never run.
 
@@ -155,25 +160,24 @@ def read_checkpoint(path: Path) -> dict:
         if isinstance(e, pickle.UnpicklingError) and "weights_only" in str(e):
             reason = "it holds code or objects other than tensors, which are never run"
         raise ValueError(f"cannot read checkpoint {path}: {reason}") from None
-    if isinstance(found, dict): return found
-    raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
-
-def _is_whole(v):
-    "Tell whether a tensor has a number in memory for each of its places."
-    if v.is_meta or v.layout != torch.strided: return False
-    return v.numel() * v.element_size() <= v.untyped_storage().nbytes()
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
+    parts = found.get("state_dict")
+    for name, value in (parts if isinstance(parts, dict) else found).items():
+        if not isinstance(value, Tensor) or _is_whole(value): continue
+        raise ValueError(f"cannot read checkpoint {path}: {name} has fewer numbers than places")
+    return found
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Check that a state dict fits a model, which may be on the meta device: shapes and no memory.
+    """Check that a state dict fits a model, which may be on the meta device: only shapes are compared.
 
-    Raises ValueError listing what is missing, unexpected, misshapen or no plain tensor.
+    Raises ValueError listing what is missing, unexpected or misshapen.
     """
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in state]
     wrong += [f"unexpected {k}" for k in state if k not in own]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
-    wrong += [f"{k} has fewer numbers than places" for k, v in state.items() if not _is_whole(v)]
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     if wrong: raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:8])}{more}")
 

@@ -198,7 +198,7 @@ def test_decoder_in_slices_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize("local_rank", ["", "0", "3"])
 def test_every_process_names_its_gpu(local_rank, monkeypatch):
     "Also the only one of torchrun: torch.cuda.set_device wants an index."
-    monkeypatch.setattr(torch, "zeros", lambda *args, **settings: None)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **settings: torch.ones(1))
     if local_rank: monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert deco.core.pick_device("cuda") == f"cuda:{local_rank or 0}"
     assert deco.core.pick_device("cuda:1") == "cuda:1" and deco.core.pick_device("cpu") == "cpu"
