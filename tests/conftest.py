@@ -1,5 +1,6 @@
 import importlib
 import io
+import signal
 import multiprocessing
 import os
 import socket
@@ -10,7 +11,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from deco import STOP_SIGNALS
 from deco.core import run_command
+
+for _s in STOP_SIGNALS:                          # a shell's & and nohup: what they ignore, children would too
+    if signal.getsignal(_s) == signal.SIG_IGN:
+        signal.signal(_s, signal.default_int_handler if _s == signal.SIGINT else signal.SIG_DFL)
 
 for folder in ("tests", "tools"): sys.path.insert(0, str(Path(__file__).parent.parent / folder))
 
