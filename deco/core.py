@@ -34,6 +34,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from deco import PARENT, STOP_SIGNALS
 
 # %% ../nbs/90_core.ipynb #k011i
@@ -167,6 +168,24 @@ def read_checkpoint(path: Path) -> dict:
         if not isinstance(value, Tensor) or _is_whole(value): continue
         raise ValueError(f"cannot read checkpoint {path}: {name} has fewer numbers than places")
     return found
+
+class _ShapesOnly(TorchFunctionMode):
+    "Draw no numbers, and make what constants are computed from on the CPU."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        draws = getattr(func, "__name__", "") in ("normal_", "uniform_", "erfinv_", "trunc_normal_")
+        if draws: return args[0] if args else kwargs["tensor"]
+        if func in (torch.arange, torch.linspace): kwargs = dict(device="cpu") | kwargs
+        if func is torch.randn: func = torch.empty
+        return func(*args, **kwargs)
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build modules on the meta device: their shapes, without memory; they are not initialized.
+
+    For drawing or computing on that device torch would load its compiler: seconds, and 150 MB.
+    """
+    with torch.device("meta"), _ShapesOnly(): yield
 
 def check_fit(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Check that a state dict fits a model, which may be on the meta device: only shapes are compared.

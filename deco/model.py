@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from .core import (ABOVE_0, BELOW_1, FINITE, LARGEST, NOT_EMPTY, SIDE, between, broken, check_finite,
-                       check_fit, fill, one_line, progress, read_json, read_tensors, whole, write_atomic,
-                       write_text)
+                       check_fit, fill, one_line, progress, read_json, read_tensors, shapes_only, whole,
+                       write_atomic, write_text)
 from .decoder import FieldHead, PixelDecoder
 from .dit import DiT, rope_table
 from .flow import sample, seeded_noise
@@ -260,7 +260,7 @@ def load(folder: str | Path, weights: str = "model.safetensors") -> tuple[DiT, d
         raise FileNotFoundError(f"no {weights} in {folder}: "
                                 "give the folder of a finished run of deco.train, or let it save first")
     try:
-        with torch.device("meta"): bare = build(info["model"])
+        with shapes_only(): bare = build(info["model"])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{config_path} does not describe a model of deco ({e})") from None
     state = read_tensors(weights_path)

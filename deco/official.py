@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 import torch
 from torch import Tensor
-from .core import check_fit, fill, first_line, read_checkpoint
+from .core import check_fit, fill, first_line, read_checkpoint, shapes_only
 from .dit import DiT
 from .model import build
 
@@ -112,7 +112,7 @@ def load_official(source: str | Path | dict, ema: bool = True) -> DiT:
     try:
         state = rename({k.replace("_orig_mod.", ""): v for k, v in state.items()})   # torch.compile's prefix
         config = infer_config(state)
-        with torch.device("meta"): bare = build(config)
+        with shapes_only(): bare = build(config)
     except Exception as e:                                  # names and shapes may be anything
         reason = f"no {e}" if isinstance(e, KeyError) else first_line(e)
         raise ValueError(f"{name} is not a checkpoint of the authors' DeCo or DiT ({reason})") from None

@@ -71,6 +71,8 @@ import deco
 seconds = time.time() - start
 absent("nbdev", "fastcore", "matplotlib", "scipy", "torchvision", "IPython")     # of notebooks, of plots
 absent("huggingface_hub", "httpx", "requests")                                   # the hub, before it is asked
+for name in ("openmoji-toy", "scenes-toy"): deco.load(name)
+absent("sympy", "torch._dynamo")                                                 # the compiler
 import deco.plan
 absent("deco.train")                                                             # which uses the plan
 import deco.metrics, deco.evaluate
