@@ -162,7 +162,8 @@ def read_checkpoint(path: Path) -> dict:
             reason = "it holds code or objects other than tensors, which are never run"
         raise ValueError(f"cannot read checkpoint {path}: {reason}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"cannot read checkpoint {path}: it holds a {type(found).__name__}, not a state dict")
+        kind = type(found).__name__
+        raise ValueError(f"cannot read checkpoint {path}: it holds a {kind}, not a state dict")
     parts = found.get("state_dict")
     for name, value in (parts if isinstance(parts, dict) else found).items():
         if not isinstance(value, Tensor) or _is_whole(value): continue

@@ -93,7 +93,7 @@ def test_card(saved):
     tags = ["class-conditional", "flow-matching", "model_hub_mixin", "pixel-diffusion"]
     assert header(saved) == dict(library_name="deco", license="mit", tags=tags)
     config = [f"| {k} | {v:g} |" for k, v in model.config.items() if not isinstance(v, (bool, str))]
-    for part in (f"{parameter_count(model):,} parameters", "arxiv.org/abs/2511.19365", "dogs | wolves",
+    for part in (f"{parameter_count(model):,} parameters", "arxiv.org/abs/2511.19365", r"dogs \| wolves",
                  "Images of 16 pixels", "label 2 stands for none", "| ema_decay | 0.995 |",
                  "| images_seen | 1234 |", "| fid | 12.35 |", "| n | 64 |", "| data | photos |", *config):
         assert part in text, part

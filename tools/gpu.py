@@ -516,7 +516,7 @@ def part_whole(bench: Bench, note: Notes) -> None:
         out = bench.folder / "alone"
         code, text = run_train([*arguments, "--out", out], alone, until=3)
         stopped = len(log_rows(out))
-        saved = code == 1 and "stopped and saved" in text
+        saved = code == 128 + signal.SIGTERM and "stopped and saved" in text
         note("SIGTERM: steps taken, saved", stopped, saved, "it saves and says so" if saved else text[-300:])
         code, text = run_train([*arguments, "--out", out], alone)
         rows = log_rows(out)
