@@ -233,7 +233,9 @@ def walk_files(folder: str, left_out: Counter, group: str = "", above: tuple = (
 
     A folder that is entered is given first, with the name "". The class is the first sub-folder, at the top
     "". left_out: counts, by kind, what is passed over. show: a progress bar for what lies at the top, say.
+    Raises ValueError for folders in folders without end, OSError for one that can't be read.
     """
+    if len(above) > 100: raise ValueError(f"{above[0]} has over 100 folders in one another: give another")
     yield folder, "", group
     for e in show(sorted(os.scandir(folder), key=lambda e: e.name)):
         suffix = os.path.splitext(e.name)[1].lower()

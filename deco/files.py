@@ -87,10 +87,10 @@ def build_index(rows: Iterable[tuple], bases: list[list], left_out: Counter | No
                                 f"{' '.join(EXTENSIONS)}, files or in a tar")
 
     # the table has numbers of groups so far, and gets labels; -1: no class
-    classes = names_of_numbers or sort_classes(groups.keys() - {None}) or ["all"]
-    if names_of_numbers: labels = {str(label): label for label in range(len(classes))}
-    else: labels = {name: label for label, name in enumerate(classes)}
-    if groups.keys() == {None}: labels = {None: 0}
+    named = {str(label): label for label in range(len(names_of_numbers or ()))}
+    classes = sort_classes(groups.keys() - {None}) or ["all"]
+    labels = {name: label for label, name in enumerate(classes)} | ({None: 0} if classes == ["all"] else {})
+    if groups.keys() & named.keys(): classes, labels = names_of_numbers, named
     table = torch.frombuffer(table, dtype=torch.int64).view(-1, 6)
     table[:, LABEL] = torch.tensor([labels.get(group, -1) for group in groups])[table[:, LABEL]]
     kept = table[:, LABEL] >= 0
@@ -241,11 +241,12 @@ def find_shards(source: str) -> list[str]:
     """
     def is_shard(path): return path.lower().endswith((".tar", ".parquet"))
     if os.path.isdir(source): return []
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", source)
+    brace = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source)
     if os.path.exists(source): paths = [source]
     elif brace:
         first, last = brace.groups()
         numbers = range(int(first), int(last) + 1)
+        if len(numbers) > 10**6: raise ValueError(f"{source} means {len(numbers):,} files: give fewer")
         paths = [source.replace(brace[0], f"{k:0{len(first)}}") for k in numbers]
     elif glob.has_magic(source): paths = sorted(glob.glob(source))
     else: paths = [source]
@@ -296,7 +297,8 @@ SPLITS = {name: part for part, names in dict(
 def split_warning(index: Index) -> str:
     "Warn of classes or shards that look like the parts of a data set; '' where there are none."
     stems = [Path(path).stem for path, _ in index.bases if path.lower().endswith((".tar", ".parquet"))]
-    words = [w for name in (*index.classes, *stems) for w in re.split("[^a-z]+", name.lower()) if w in SPLITS]
+    words = [name.lower() for name in index.classes] + re.split("[^a-z]+", " ".join(stems).lower())
+    words = [word for word in words if word in SPLITS]
     parts = sorted({SPLITS[word] for word in words})
     if len(parts) < 2: return ""
     return (f"warning: these look like the {', '.join(parts)} parts of one data set, and all are used "

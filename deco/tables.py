@@ -9,6 +9,7 @@ __all__ = ['parquet_to_tars']
 import csv
 import io
 import json
+import logging
 import os
 import tarfile
 from collections import Counter
@@ -16,6 +17,8 @@ from pathlib import Path
 from .core import cache_path, first_line, progress, write_atomic, write_text
 
 # %% ../nbs/25_tables.ipynb #tb06
+log = logging.getLogger("deco")
+
 IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 LABEL_KEYS = ("label", "labels", "class", "cls", "fine_label")
 CAPTION_KEYS = ("caption", "prompt", "text", "txt", "captions")
@@ -51,7 +54,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 def read_metadata(folder: str) -> dict[str, dict]:
     """Read metadata.jsonl or metadata.csv of a folder: by the path of a picture, its row.
 
-    Raises ValueError naming a file that can't be read or that names no pictures.
+    A file that names no pictures is of another program, and not used. Raises ValueError naming one that can't
+    be read.
     """
     path = next((p for p in (os.path.join(folder, name) for name in METADATA) if os.path.exists(p)), None)
     if path is None: return {}
@@ -61,7 +65,9 @@ def read_metadata(folder: str) -> dict[str, dict]:
             lines = map(json.loads, filter(str.strip, f)) if path.endswith("l") else csv.DictReader(f)
             for row in lines:
                 name = next((row[k] for k in _FILE_KEYS if row.get(k)), None)
-                if name is None: raise ValueError(f"row {len(rows) + 1} has no {_FILE_KEYS[0]}")
+                if name is None:
+                    log.warning("not used: %s, as row %d has no %s", path, len(rows) + 1, _FILE_KEYS[0])
+                    return {}
                 rows[os.path.normpath(os.path.join(folder, name))] = row
     except (ValueError, AttributeError, TypeError, RecursionError, csv.Error) as e:
         raise ValueError(f"{path} can't be read ({first_line(e)}): mend it or take it out") from None

@@ -618,3 +618,55 @@ def test_names_go_before_numbers(text, labels):
     from deco.sample import pick_classes
     classes = [str(k) for k in range(1, 13)] + ["tench, Tinca tinca", "dog", "ray"]
     assert pick_classes(text, classes) == labels
+
+
+# --- what only looks like something
+
+def test_words_in_the_names_of_classes_are_no_parts(tmp_path, caplog):
+    for name in ("bullet train", "test tube"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "0.png").write_bytes(encoded(plain(0)))
+    open_data(tmp_path / "x", SIZE, tmp_path / "cache")
+    assert "look like" not in caplog.text
+
+
+@pytest.mark.parametrize("content, labels, classes", [
+    (["cat", "dog", "elk"], [0, 2], ["cat", "dog", "elk"]), (["cat"], [0], ["cat"]),
+    (["a", "b"], [None, None], ["all"]), ({"cat": 0}, [0, 2], ["0", "2"]),
+    (["x"], ["cow", "ant"], ["ant", "cow"])])
+def test_names_beside_shards(content, labels, classes, tmp_path):
+    "classes.json names labels that are numbers, and nothing else."
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "classes.json").write_text(json.dumps(content), "utf-8")
+    make_tar(tmp_path / "d" / "a.tar", members(0, labels[0]) | members(1, labels[-1] if labels[1:] else 5))
+    data = open_data(tmp_path / "d", SIZE, tmp_path / "cache")
+    assert data.classes == classes and len(data) == len(labels) and max(data.labels) < len(classes)
+
+
+def test_metadata_of_another_program(tmp_path, caplog):
+    class_folders(tmp_path / "x", CLASSES["numbers"])
+    (tmp_path / "x" / "metadata.csv").write_text("isic_id,age\n1,2\n", "utf-8")
+    assert len(open_data(tmp_path / "x", SIZE, tmp_path / "cache").classes) == 12
+    assert "no file_name" in caplog.text
+    (tmp_path / "x" / "metadata.jsonl").write_text("{", "utf-8")
+    with pytest.raises(ValueError, match="metadata.jsonl can't be read"):
+        open_data(tmp_path / "x", SIZE, tmp_path / "elsewhere")
+
+
+def test_no_end(tmp_path):
+    deep = tmp_path / "x"
+    for _ in range(120): deep = deep / "a"
+    deep.mkdir(parents=True)
+    for source, word in ((tmp_path / "x", "over 100 folders"), (tmp_path / "{0..99999999}.tar", "give fewer")):
+        with pytest.raises(ValueError, match=word): open_data(source, SIZE, tmp_path / "cache")
+
+
+def test_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
+    folder = class_folders(tmp_path / "there" / "photos", CLASSES["names"])
+    info = dict(train=dict(data="photos", data_root="data", upright=True), source=str(folder))
+    for place in ("there", "elsewhere"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        reference, title, _ = open_reference("data", info, SIZE, root=tmp_path / "cache")
+        assert len(torch.cat(list(reference))) == 24 and title == "training data: photos"
+    assert not (tmp_path / "elsewhere" / "data").exists()
