@@ -657,7 +657,8 @@ def test_no_end(tmp_path):
     deep = tmp_path / "x"
     for _ in range(120): deep = deep / "a"
     deep.mkdir(parents=True)
-    for source, word in ((tmp_path / "x", "over 100 folders"), (tmp_path / "{0..99999999}.tar", "give fewer")):
+    sources = {"over 100 folders": tmp_path / "x", "give fewer": tmp_path / "{0..99999999}.tar"}
+    for word, source in sources.items():
         with pytest.raises(ValueError, match=word): open_data(source, SIZE, tmp_path / "cache")
 
 
