@@ -370,6 +370,14 @@ def image_batches(source: ImageSet, size: int = 100) -> Iterator[Tensor]:
 # %% ../nbs/09_metrics.ipynb #c063
 _KEPT = 50_000                                                       # single features; papers look at so many
 
+def _every_other(parts):
+    "Keep every other row of tensors that stand for one, part by part: at once it would need twice the memory."
+    kept, before = [], 0
+    for part in parts:
+        kept.append(part[before % 2::2].clone())
+        before += len(part)
+    return kept
+
 class _Gathered:
     "What has been gathered of a set so far: moments, spectrum, and the features of every `stride`-th image."
     def __init__(self):
@@ -391,13 +399,15 @@ class _Gathered:
         self.logits.append(out["logits"][first::self.stride])
         self.count += len(x)
         if self.count <= _KEPT * self.stride: return
-        self.stride *= 2                                                 # every other of those that are kept
-        self.features = [torch.cat(self.features)[::2].clone()]
-        self.logits = [torch.cat(self.logits)[::2].clone()]
+        self.stride *= 2
+        self.features = _every_other(self.features)
+        self.logits = _every_other(self.logits)
 
     def tensors(self) -> dict:
         "Give all of it, to be kept in a file."
-        parts = dict(features=torch.cat(self.features), logits=torch.cat(self.logits), spectrum=self.spectrum)
+        self.features = [torch.cat(self.features)]                       # one after the other: they are large
+        self.logits = [torch.cat(self.logits)]
+        parts = dict(features=self.features[0], logits=self.logits[0], spectrum=self.spectrum)
         for name, moments in (("pooled", self.pooled), ("spatial", self.spatial)):
             parts |= {f"{name}.mean": moments.mean, f"{name}.cross": moments.cross}
         return parts
