@@ -371,7 +371,7 @@ def image_batches(source: ImageSet, size: int = 100) -> Iterator[Tensor]:
 _KEPT = 50_000                                                       # single features; papers look at so many
 
 def _every_other(parts):
-    "Keep every other row of tensors that stand for one, part by part: at once it would need twice the memory."
+    "Keep every other row of tensors that stand for one, part by part: all at once takes twice the memory."
     kept, before = [], 0
     for part in parts:
         kept.append(part[before % 2::2].clone())
