@@ -26,5 +26,5 @@ from .model import DeCo, create, load, sample_images, save
 from .official import load_official
 from .text import TextEncoder, sample_prompts
 
-__all__ = ["DeCo", "DiT", "PixelDecoder", "TextEncoder", "create", "frequency_loss", "jpeg_weights", "load", "load_data", "load_official",
-           "make_grid", "openmoji", "sample_images", "sample_prompts", "save"]
+__all__ = ["DeCo", "DiT", "PixelDecoder", "TextEncoder", "create", "frequency_loss", "jpeg_weights", "load",
+           "load_data", "load_official", "make_grid", "openmoji", "sample_images", "sample_prompts", "save"]

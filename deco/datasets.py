@@ -53,6 +53,7 @@ def _cifar_contents(path):
     if path.is_dir(): return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if wanted(p.name)}
     with tarfile.open(path) as tar:
         members = [m for m in tar.getmembers() if m.isreg() and wanted(m.name)]
+        if any(m.size > 2**28 for m in members): raise ValueError("a file in it is larger than CIFAR's")
         return {Path(m.name).name: tar.extractfile(m).read() for m in members}
 
 def _cifar_pixels(name, content, labels_before):

@@ -126,9 +126,9 @@ def _folder_rows(folder, bases, left_out, shards, show=iter):
         if not name:
             numbers[place] = len(bases)
             bases.append([place, os.stat(place).st_mtime_ns])                   # before it is read
-            found = read_metadata(place)
-            known |= {k: label_of(row) for k, row in found.items()}
-            labelled = labelled or any(label is not None for label in known.values())
+            found = {k: label_of(row) for k, row in read_metadata(place).items()}
+            known |= found
+            labelled = labelled or any(label is not None for label in found.values())
             for file in METADATA:
                 if os.path.exists(path + file): bases.append([path + file, os.stat(path + file).st_mtime_ns])
         elif suffix in EXTENSIONS:
@@ -325,10 +325,12 @@ def _index_shards(shards, root, labelled, left_out, also):
     tables = [path for path in shards if path.lower().endswith(".parquet")]
     tars = [path for path in shards if path not in tables]
     if tables: tars += parquet_to_tars(tables, root, left_out)
-    bases = _stamped(tars + tables) + also
+    names = _names_beside(tars)
+    beside = [str(Path(tars[0]).with_name("classes.json"))] if names else []
+    bases = _stamped(tars + tables + beside) + also
     def rows():
         for k, tar in enumerate(progress(tars)): yield from _shard_rows(tar, k, left_out, labelled)
-    index = build_index(rows(), bases, left_out, _names_beside(tars) if labelled else None)
+    index = build_index(rows(), bases, left_out, names if labelled else None)
     if not labelled or index.classes != ["all"]: return index
 
     # no member says a class

@@ -169,4 +169,5 @@ def parquet_to_tars(files: list[str], root: str | Path, left_out: Counter | None
         raise ValueError(f"{files[0]} has the columns {columns}: none holds pictures (bytes, under "
                          f"{', '.join(IMAGE_KEYS)}); paths of files alone do not do")
     if names: write_text(folder / "classes.json", json.dumps(names))
+    else: (folder / "classes.json").unlink(missing_ok=True)         # of tables that were there before
     return tars

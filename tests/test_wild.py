@@ -295,6 +295,17 @@ def test_names_of_the_schema_keep_their_numbers(tmp_path):
     assert data.left_out == {"without a label": 1}
 
 
+def test_names_of_labels_are_never_stale(tmp_path):
+    rows = [dict(image=encoded(plain(k)), label=k) for k in range(2)]
+    for names in (["cat", "dog"], None, ["elk", "fox"]):
+        table = write_table(tmp_path / "t.parquet", rows, names)
+        assert open_data(table, SIZE, tmp_path / "cache").classes == (names or ["0", "1"])
+    tar = make_tar(tmp_path / "a.tar", members(0, 0) | members(1, 1))
+    for names in (["ant", "bee"], ["hen", "jay"]):                               # edited beside the same tar
+        (tmp_path / "classes.json").write_text(json.dumps(names), "utf-8")
+        assert open_data(tar, SIZE, tmp_path / "cache").classes == names
+
+
 def test_one_class(tmp_path):
     data = open_data(class_folders(tmp_path / "x", CLASSES["numbers"]), SIZE, tmp_path, one_class=True)
     assert data.classes == ["all"] and data.labels.tolist() == [0] * 24
