@@ -49,9 +49,12 @@ class Config:
     batch_size: int = setting(32, "training", "images per optimizer step, all processes together", AT_LEAST_1)
     micro_batch: int = setting(0, "training",
         "images per process and pass, where a step takes several passes; 0: one pass", AT_LEAST_0)
-    lr: float = setting(2e-3, "training", "AdamW's learning rate (paper: 1e-4)", ABOVE_0)
+    optimizer: str = setting("adamw", "training",
+        "adamw (the paper's), or muon for the matrices of attention and MLP and adamw for the rest",
+        ("adamw", "muon"))
+    lr: float = setting(2e-3, "training", "the optimizer's learning rate (paper: 1e-4)", ABOVE_0)
     beta2: float = setting(0.95, "training", "AdamW's second beta (paper: 0.999)", BELOW_1)
-    weight_decay: float = setting(0.0, "training", "AdamW's weight decay", AT_LEAST_0)
+    weight_decay: float = setting(0.0, "training", "the optimizer's weight decay", AT_LEAST_0)
     warmup: float = setting(0.05, "training",
         "share of the run in which the learning rate rises from 0", SHARE)
     decay: float = setting(0.3, "training",

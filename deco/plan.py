@@ -19,6 +19,7 @@ from .core import (ABOVE_0, between, broken, check_settings, Parser, read_json, 
 from .datasets import NAMED
 from .dit import DiT, linear_flops
 from .model import SIZES, build, check_arguments, model_args
+from .muon import for_muon
 
 # %% ../nbs/13_plan.ipynb #p008
 _Size = int | tuple[int, int]                                     # pixels: a square's side, or (H, W)
@@ -54,13 +55,15 @@ def _token_count(model, size):
 def parameters(config: dict, ranks: int = 1) -> dict[str, int]:
     """Count the parameters on the fullest of `ranks` ranks, where FSDP deals out the rows of each.
 
-    total = depth * block + rest. matrices: those of all ranks that are factors of products (autocast copies
-    them), root_matrices: of these the ones outside of blocks.
+    total = depth * block + rest. muon: those of the total that are for Muon. matrices: those of all ranks
+    that are factors of products (autocast copies them), root_matrices: of these the ones outside of blocks.
     """
-    count = dict(block=0, rest=0, matrices=0, root_matrices=0)
+    count = dict(block=0, rest=0, muon=0, matrices=0, root_matrices=0)
     for name, p in _bare(config).named_parameters():
         in_block = name.startswith("blocks.")                                           # all blocks are alike
-        count["block" if in_block else "rest"] += math.ceil(len(p) / ranks) * p[0].numel()
+        share = math.ceil(len(p) / ranks) * p[0].numel()
+        count["block" if in_block else "rest"] += share
+        if for_muon(name, p): count["muon"] += share * (config["depth"] if in_block else 1)
         if p.ndim == 2 and not name.startswith("label_embed"):
             count["matrices"] += p.numel() * (config["depth"] if in_block else 1)
             if not in_block: count["root_matrices"] += p.numel()
@@ -154,11 +157,12 @@ def activations(config: dict, size: _Size,
 
 # %% ../nbs/13_plan.ipynb #p033
 def memory(config: dict, size: _Size, images: int, *, precision: str = "float32", parallel: str = "ddp",
-           gpus: int = 1, passes: int = 1, emas: int = 1, teacher_parameters: int = 0) -> dict[str, int]:
+           gpus: int = 1, passes: int = 1, emas: int = 1, teacher_parameters: int = 0,
+           optimizer: str = "adamw") -> dict[str, int]:
     """Count the bytes on the fullest GPU if all of it is there at once, by part.
 
     images: per GPU and pass; passes: of an optimizer step; emas: averages of the weights; teacher_parameters:
-    those of REPA's frozen encoder. Left out: REPA's projector, gradients of activations, ... Raises
+    those of REPA's frozen encoder; optimizer: AdamW keeps two moments of a weight, Muon one of its own. Left out: REPA's projector, gradients of activations, ... Raises
     ValueError for another `parallel`.
     """
     if parallel not in ("ddp", "fsdp"): raise ValueError(f"--parallel must be ddp or fsdp, not {parallel}")
@@ -175,12 +179,13 @@ def memory(config: dict, size: _Size, images: int, *, precision: str = "float32"
     whole = 8 * count["rest"] + (3 * h + 4) * count["block"]
     if passes > 1: whole += 4 * count["total"]                                 # gradients until the last pass
     weights = 4 * count["total"]
+    moments = 2 * weights - (4 * count["muon"] if optimizer == "muon" else 0)
     copied = count["root_matrices" if parallel == "fsdp" and ranks > 1 else "matrices"]
 
     # The decoder goes through its pixels in slices, and makes one slice again at a time.
     slice_images = traits("cuda").slice_pixels / (tokens * model.patch_size**2)
     again = max(images * again["block"], math.ceil(min(images, slice_images) * again["head"]))
-    return {"weights": weights, "gradients": weights, "Adam's moments": 2 * weights, "EMA": weights * emas,
+    return {"weights": weights, "gradients": weights, "moments": moments, "EMA": weights * emas,
             "gathered": ranks * whole if ranks > 1 else 0,
             "encoder": 4 * teacher_parameters,
             "bf16 copies": 2 * copied if precision == "bf16" else 0,
@@ -227,7 +232,7 @@ class Machine:
 
 def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch: int = 0,
          precision: str = "bf16", parallel: str = "ddp", emas: int = 1, teacher_parameters: int = 0,
-         **machine) -> dict:
+         optimizer: str = "adamw", **machine) -> dict:
     """Count what a run costs: parameters, FLOPs, memory and communication of a GPU, seconds of a step, hours.
 
     batch_size: images per optimizer step, of all GPUs; images: of the whole run; micro_batch: per GPU and
@@ -249,7 +254,7 @@ def plan(config: dict, size: _Size, *, batch_size: int, images: int, micro_batch
     # Memory of a GPU, and how many images fit
     def used(n):
         return memory(config, size, n, precision=precision, emas=emas,
-                      teacher_parameters=teacher_parameters, **ways)
+                      teacher_parameters=teacher_parameters, optimizer=optimizer, **ways)
     def total(n): return sum(used(n).values())
     largest = bisect_right(range(1, 2**20), machine.capacity * 1e9, key=total)
 
@@ -319,7 +324,7 @@ def cost(cfg, **machine) -> str:
     config = SIZES[cfg.model] | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.text: config |= dict(text_width=_text_width(cfg.text), text_length=cfg.text_length)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
-    names = ("size", "batch_size", "images", "micro_batch", "precision", "parallel")
+    names = ("size", "batch_size", "images", "micro_batch", "precision", "parallel", "optimizer")
     settings = {name: getattr(cfg, name) for name in names}
     text = show(plan(config, **settings, emas=len(cfg.ema_decay),
                      teacher_parameters=_TEACHERS.get(cfg.repa, 0), **machine))

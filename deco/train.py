@@ -42,6 +42,7 @@ from .files import batches
 from .flow import flow_loss, interpolate, logit_normal, velocity
 from .model import build, compile_parts, create, load, model_args, run_folder, sample_images, save
 from .official import load_official
+from .muon import for_muon, Muon, whole_tensor
 from .plan import cost, flops_per_image
 from .repa import load_encoder, Projector, repa_loss
 from .text import TextEncoder
@@ -175,11 +176,6 @@ def parallelize(objective: Objective, cfg: Config) -> nn.Module:
         return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)     # one copy
     return objective
 
-# %% ../nbs/07_train.ipynb #whole1
-def _whole(p):
-    "Give a parameter or a norm as one tensor: under FSDP it is gathered, and every process calls this."
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
 # %% ../nbs/07_train.ipynb #whole3
 def _all_finite(run):
     "Say whether all that a run holds is finite, in every process."
@@ -227,18 +223,20 @@ def make_teacher(cfg: Config, model: DiT, device: str) -> tuple[Callable | None,
     return teacher, Projector(model.config["width"], encoder.features)
 
 # %% ../nbs/07_train.ipynb #make7
-def make_optimizer(weights: list[Tensor], cfg: Config) -> torch.optim.Optimizer:
-    "Make AdamW, with the state that it would make in its first step."
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay,
-                                  fused=True)
-    for p in weights:
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                  exp_avg_sq=torch.zeros_like(p))
-    return optimizer
+def make_optimizers(weights: dict[str, Tensor], cfg: Config) -> list[torch.optim.Optimizer]:
+    "Make AdamW, with the state that it would make in its first step; before it Muon, where `cfg` has it."
+    muon = {name: p for name, p in weights.items() if cfg.optimizer == "muon" and for_muon(name, p)}
+    others = [p for name, p in weights.items() if name not in muon]
+    adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay,
+                              fused=True)
+    for p in others:
+        adamw.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                              exp_avg_sq=torch.zeros_like(p))
+    return [Muon(list(muon.values()), cfg.lr, cfg.weight_decay), adamw] if muon else [adamw]
 
 # %% ../nbs/07_train.ipynb #t037
 class Run:
-    """Hold what a training run consists of: what is trained, its averages, the optimizer, where it stands.
+    """Hold what a training run consists of: what is trained, its averages, the optimizers, where it stands.
 
     seen: images so far; step: optimizer steps taken; bad: steps in a row that were not finite. Every process
     of torchrun makes one. Raises ValueError, OSError or ImportError for settings that can't be met.
@@ -262,7 +260,7 @@ class Run:
         self.module = parallelize(self.objective, cfg)                   # shares its weights
         self.ema = {decay: {name: p.detach().clone() for name, p in self.model.named_parameters()}
                     for decay in cfg.ema_decay}
-        self.optimizer = make_optimizer(list(self.objective.parameters()), cfg)
+        self.optimizers = make_optimizers(dict(self.objective.named_parameters()), cfg)
 
         self.prompt_length = cfg.text_length                             # embeddings of a prompt
         self.null = self.model.num_classes                               # the y that says nothing
@@ -286,22 +284,25 @@ class Run:
         y = self.text_encoder(targets, self.prompt_length) if self.text_encoder else torch.as_tensor(targets)
         return y.to(self.device, non_blocking=True)
 
+    def moments(self, p: Tensor) -> dict[str, Tensor]:
+        "Give the state that a parameter's optimizer keeps of it, by name."
+        return next(optimizer.state[p] for optimizer in self.optimizers if p in optimizer.state)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Name everything that a checkpoint holds: weights, averages, the optimizer's moments.
+        """Name everything that a checkpoint holds: weights, averages, the optimizers' moments.
 
         Under FSDP, this process's shares.
         """
         tensors = {f"ema-{decay}.{name}": p for decay, ema in self.ema.items() for name, p in ema.items()}
         for name, p in self.objective.named_parameters():
-            moments = self.optimizer.state[p]
             tensors[f"weights.{name}"] = p.detach()
-            tensors[f"exp_avg.{name}"] = moments["exp_avg"]
-            tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            moments = {kind: m for kind, m in self.moments(p).items() if kind != "step"}
+            for kind, moment in moments.items(): tensors[f"{kind}.{name}"] = moment
         return tensors
 
     def average(self, decay: float) -> DiT | None:
         "Build a model of the averaged weights, in process 0 (None in the others). Every process calls it."
-        weights = {name: _whole(p) for name, p in self.ema[decay].items()}
+        weights = {name: whole_tensor(p) for name, p in self.ema[decay].items()}
         if dist_info().rank: return None
         model = build(self.model.config)
         fill(model, weights, "the average")
@@ -324,7 +325,7 @@ def _gradients(run, pixels, targets, draws):
     passes = list(zip(run.conditions(targets).split(size), *(z.split(size) for z in on_device)))
     means = {}
     details = []
-    run.optimizer.zero_grad()
+    run.module.zero_grad()
     for k, (y, x, *drawn) in enumerate(passes):
         with _no_sync(run.module, last=k + 1 == len(passes)):
             parts, detail = losses(run.module, x, y, drawn, run.cfg, run.null, run.teacher)
@@ -365,14 +366,15 @@ def update(run: Run, pixels: Tensor, labels: Tensor | list[str],
     log, and whether any process was asked to `stop`.
     """
     parts, detail = _gradients(run, pixels, labels, draws)
-    norm = _whole(nn.utils.clip_grad_norm_(run.objective.parameters(), run.cfg.grad_clip))
+    norm = whole_tensor(nn.utils.clip_grad_norm_(run.objective.parameters(), run.cfg.grad_clip))
     means, mse_by_time, norm, stop = _reduce_stats(parts, detail, norm, stop)
     loss = total_loss(means, run.cfg)
     lr = learning_rate(run.seen, run.cfg)
 
     if math.isfinite(loss) and math.isfinite(norm):
-        for group in run.optimizer.param_groups: group["lr"] = lr
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups: group["lr"] = lr
+            optimizer.step()
         for decay, ema in run.ema.items(): ema_update(ema, run.model, decay, run.step)
         run.step += 1
         run.bad = 0
@@ -503,7 +505,8 @@ def restore(run: Run, path: Path) -> None:
         raise ValueError(f"cannot resume from {path} ({first_line(_met(e))})") from None
     run.seen, run.step, run.bad = (state[name] for name in ("seen", "step", "bad"))
     run.planned = state["config"].get("images", run.cfg.images)
-    for p in run.objective.parameters(): run.optimizer.state[p]["step"].fill_(run.step)
+    for p in run.objective.parameters():
+        if "step" in run.moments(p): run.moments(p)["step"].fill_(run.step)
 
 # %% ../nbs/07_train.ipynb #say1
 def _say(text, **settings):

@@ -123,6 +123,17 @@ def test_resume_elsewhere(straight, photos, tmp_path):
     close(straight / "one", tmp_path / "run")
 
 
+def test_muon(photos, tmp_path):
+    "Fifteen steps in two processes, each with its shares of the matrices, and fifteen in one: as in one."
+    steps = [*STEPS, "--optimizer", "muon", "--data", photos]
+    assert run(training, *steps, "--images", 480, "--out", tmp_path / "one") == ""
+    two("deco.train", *steps, "--images", 240, "--parallel", "fsdp", "--out", tmp_path / "run")
+    assert run(training, *steps, "--images", 480, "--out", tmp_path / "run") == ""
+    close(tmp_path / "one", tmp_path / "run")
+    kept = tensors(tmp_path / "run")
+    assert "momentum.model.blocks.0.attn.qkv.weight" in kept and "exp_avg.model.head.linear.weight" in kept
+
+
 def test_falls_back(straight, photos, tmp_path, capsys):
     "A damaged newest checkpoint: a warning that names it, and the one before is taken."
     shutil.copytree(straight / "one", tmp_path / "run")

@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import run
 from deco import ablate
 from deco import plan as planning
-from deco.config import parse, PRESETS
+from deco.config import Config, parse, PRESETS
 from deco.decoder import FieldHead, PixelDecoder
 from deco.dit import PatchHead, RECOMPUTE
 from deco.model import build, create, model_args, SIZES
 from deco.plan import (activations, communication, flops, flops_per_image, memory, parameters, plan, show,
                        step_flops)
+from deco.train import Run
 
 
 def named(name, **overrides): return SIZES[name] | overrides
@@ -176,10 +177,17 @@ def test_rehearsal(precision, rehearsed, ranks=RANKS):
     m = memory(named("deco-toy", depth=2), 32, 1, parallel="fsdp", gpus=ranks)
     c = communication(named("deco-toy", depth=2), precision=precision, parallel="fsdp", gpus=ranks)
     assert row["weights"] == m["weights"] and row["gradients"] == m["gradients"]
-    assert row["moments"] == m["Adam's moments"]
+    assert row["moments"] == m["moments"]
     whole = ranks / (ranks - 1)
     assert row["gathered"] == pytest.approx(whole * c["all-gather"], rel=1e-6)
     assert row["scattered"] == pytest.approx(whole * c["reduce-scatter"], rel=1e-6)
+
+
+def test_moments_of_muon():
+    "What a run with Muon keeps of its weights, beside what is planned."
+    kept = Run(Config(model="deco-toy", optimizer="muon"), 10, "cpu").tensors()
+    sizes = [4 * moment.numel() for name, moment in kept.items() if name.startswith(("momentum.", "exp_avg"))]
+    assert sum(sizes) == memory(named("deco-toy", num_classes=10), 32, 1, optimizer="muon")["moments"]
 
 
 def test_network_of_one_gpu_is_silent():

@@ -435,7 +435,7 @@ def part_profile(bench: Bench, note: Notes) -> None:
         def head():
             with bench.autocast(): run.model.head(dots, tokens, once, once).float().square().mean().backward()
         pieces = {"forward and backward": lambda: forward().float().square().mean().backward(),
-                  "of it the head": head, "losses": loss, "AdamW": run.optimizer.step,
+                  "of it the head": head, "losses": loss, "optimizer": run.optimizers[-1].step,
                   "average": lambda: ema_update(average, run.model, 0.9999, 100),
                   "draws, on the CPU": lambda: noise_times_coins(cfg, 0, pixels.shape, threads)}
         for piece, f in pieces.items(): note(f"{piece}: share of a step", bench.median(f, 3, 2) / whole)
