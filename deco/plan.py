@@ -162,8 +162,8 @@ def memory(config: dict, size: _Size, images: int, *, precision: str = "float32"
     """Count the bytes on the fullest GPU if all of it is there at once, by part.
 
     images: per GPU and pass; passes: of an optimizer step; emas: averages of the weights; teacher_parameters:
-    those of REPA's frozen encoder; optimizer: AdamW keeps two moments of a weight, Muon one of its own. Left out: REPA's projector, gradients of activations, ... Raises
-    ValueError for another `parallel`.
+    those of REPA's frozen encoder; optimizer: AdamW keeps two moments of a weight, Muon one of its own. Left
+    out: REPA's projector, gradients of activations, ... Raises ValueError for another `parallel`.
     """
     if parallel not in ("ddp", "fsdp"): raise ValueError(f"--parallel must be ddp or fsdp, not {parallel}")
     ranks = gpus if parallel == "fsdp" else 1

@@ -1,5 +1,8 @@
-"What the notebooks share: how figures look, and what bad input is answered with."
+"What the notebooks share: how figures look, what bad input is answered with, a process of its own."
+import multiprocessing
+from collections.abc import Callable
 import matplotlib.pyplot as plt
+import torch
 
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.titlesize": 10}
 
@@ -15,3 +18,21 @@ def complaint(f, *args, **kwargs) -> str:
     try: f(*args, **kwargs)
     except expected as e: return f"{type(e).__name__}: {e}"
     raise AssertionError("no complaint")
+
+
+def forked(f: Callable):
+    """Call f() in a process forked off this one, and give what it returns.
+
+    Where the system does not fork (Windows), it is called here. EOFError: f() raised an error, printed above.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods(): return f()
+    context = multiprocessing.get_context("fork")
+    answer, pipe = context.Pipe()
+    def child():
+        torch.set_num_threads(1)        # as the DataLoader does: OpenMP's threads do not survive a fork
+        pipe.send(f())
+    process = context.Process(target=child)
+    process.start()
+    pipe.close()                                # the child has its own end of it
+    try: return answer.recv()
+    finally: process.join()

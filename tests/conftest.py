@@ -32,7 +32,31 @@ def run(command, *argv) -> str:
     return ""
 
 
-multiprocessing.set_forkserver_preload(["deco.train", "deco.evaluate", "deco.geneval"])
+multiprocessing.set_forkserver_preload(["deco.train", "deco.evaluate", "deco.geneval", "matplotlib.pyplot",
+                                        "torch._dynamo", "transformers.models.bert.modeling_bert"])
+
+METHODS = multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context("forkserver" if "forkserver" in METHODS else "spawn")
+
+
+def apart(f, *args):
+    "What f(*args) gives in a process of its own, which begins with torch imported: at once."
+    with CONTEXT.Pool(1) as pool: return pool.apply(f, args)
+
+
+def begin(errors: Path, module: str, *argv, prepare=None):
+    "A command in a process of its own, as `apart`; what it says on stderr goes into a file."
+    process = CONTEXT.Process(target=to_its_end, args=(errors, module, [str(a) for a in argv], prepare))
+    process.start()
+    return process
+
+
+def to_its_end(errors: Path, module: str, argv: list[str], prepare) -> None:
+    "`python -m MODULE ...`, in this process."
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    if prepare: prepare()
+    run_command(lambda: importlib.import_module(module).main(argv))
+
 
 def rank(index: int, port: int, module: str, argv: list[str]) -> None:
     "One of two processes, with the environment that torchrun gives it, in which a command runs."
@@ -50,8 +74,8 @@ def two(module: str, *argv) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    mp.start_processes(rank, (port, module, [str(a) for a in argv]), nprocs=2, start_method=method)
+    mp.start_processes(rank, (port, module, [str(a) for a in argv]), nprocs=2,
+                       start_method=CONTEXT.get_start_method())
 
 
 def make_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -74,6 +98,18 @@ def photos(tmp_path_factory):
         for i in range(8):
             lighter = tuple(min(255, v + 5 * i) for v in color)
             Image.new("RGB", (24 + i, 20), lighter).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory):
+    "An image folder: 72 small images, each with its own caption beside it."
+    root = tmp_path_factory.mktemp("captioned")
+    colours = "red green blue yellow black white pink brown".split()
+    things = "circle square heart flag face dog car tree moon".split()
+    for i in range(72):
+        Image.new("RGB", (20 + i % 9, 20), (3 * i, 100, 200 - 2 * i)).save(root / f"{i:02d}.png")
+        (root / f"{i:02d}.txt").write_text(f"a {colours[i % 8]} {things[i % 9]}", "utf-8")
     return root
 
 

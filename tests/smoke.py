@@ -1,9 +1,9 @@
 """Every preset, shrunk to four tiny steps: train (which draws and saves), resume, sample, evaluate.
 
-Alone, or under torchrun:
+Alone, or under torchrun. DATA is "openmoji", or what else --data takes:
 
-    python tests/smoke.py FOLDER [PRESET ...]
-    torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER [PRESET ...]
+    python tests/smoke.py FOLDER DATA [PRESET ...]
+    torchrun --standalone --nproc-per-node=2 tests/smoke.py FOLDER DATA [PRESET ...]
 """
 import sys
 from pathlib import Path
@@ -12,11 +12,11 @@ from deco import config, core, evaluate, sample, train
 CLASSIFIER = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
 
 
-def smoke(preset: str, folder: Path, parallel: str) -> None:
+def smoke(preset: str, folder: Path, data: str, parallel: str) -> None:
     "All that a user does with a run, within its first four steps."
     out = folder / preset
-    flags = ["--preset", preset, "--smoke", "--parallel", parallel, "--data-root", str(folder / "data"),
-             "--out", str(out)]
+    flags = ["--preset", preset, "--smoke", "--parallel", parallel, "--data", data,
+             "--data-root", str(folder / "data"), "--out", str(out)]
     train.main([*flags, "--images", "32"])
     train.main([*flags, "--images", "64"])
     drawn = ["--num-images", "6", "--steps", "2", "--device", "cpu"]
@@ -33,10 +33,11 @@ def complete(out: Path, samples: Path) -> None:
     assert len(list(samples.glob("*.png"))) == 6, out
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    folder, data, *presets = argv
     with core.process_group("cpu"):         # one group for all: torchrun's store is not made for several
-        folder, *presets = sys.argv[1:]
-        presets = presets or list(config.PRESETS)
-        for i, preset in enumerate(presets): smoke(preset, Path(folder), ("ddp", "fsdp")[i % 2])
-    info = core.dist_info()
-    if info.rank == 0: print(f"{len(presets)} presets, {info.world_size} processes")
+        for i, preset in enumerate(presets or config.PRESETS):
+            smoke(preset, Path(folder), data, ("ddp", "fsdp")[i % 2])
+
+
+if __name__ == "__main__": main(sys.argv[1:])

@@ -2,12 +2,11 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 import pytest
+import timm
 import torch
 import deco.decoder
 import deco.dit
@@ -31,14 +30,25 @@ def findings(part: str, folder: Path) -> list[dict]:
     return [json.loads(line) for line in note.path.read_text("utf-8").splitlines()]
 
 
-def processes_once(monkeypatch) -> None:
-    "The first training alone and the first of torchrun are processes; later ones run in this process."
-    seen = set()
-    start = gpu.run_train
+SMALL_ENCODER = """
+import runpy, sys, timm
+create = timm.create_model
+timm.create_model = lambda name, **settings: create(name, depth=1, **settings)
+del sys.argv[:2]
+runpy.run_module("deco.train", run_name="__main__", alter_sys=True)
+"""
+
+def processes_once(folder: Path, monkeypatch) -> None:
+    """The training that is stopped is a process, the others run in this one. DINOv2 has one block of twelve.
+
+    (tests/test_parallel.py: the same gpu.torchrun begins processes.)
+    """
+    script = folder / "small_encoder.py"
+    script.write_text(SMALL_ENCODER, "utf-8")
+    create, start = timm.create_model, gpu.run_train
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: create(name, depth=1, **settings))
     def run_train(arguments, launcher, until=0):
-        if len(launcher) not in seen:
-            seen.add(len(launcher))
-            return start(arguments, launcher, until)
+        if until: return start(arguments, [*launcher, script], until)
         ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         with mock.patch.dict(os.environ, ranks if len(launcher) > 1 else {}): text = run(training, *arguments)
         return bool(text), text
@@ -49,7 +59,7 @@ def processes_once(monkeypatch) -> None:
                                          ("text", 0), ("profile", 0), ("whole", 6), ("picture", 2)])
 def test_part(part, least, tmp_path, monkeypatch):
     "Nothing is amiss, and so much is judged."
-    processes_once(monkeypatch)
+    processes_once(tmp_path, monkeypatch)
     rows = findings(part, tmp_path)
     assert not [row for row in rows if row["ok"] is False]
     assert len(rows) > 1 or part == "losses"
@@ -88,15 +98,14 @@ def test_a_fault_in_a_part(part, tmp_path, monkeypatch):
     assert any(word.lower() in text.lower() for text in bad), bad
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     "A process for each part: what one of them does not survive, the others do not feel."
     fault = tmp_path / "fault.py"
     fault.write_text("import sys\nif sys.argv[1] == 'step': raise OSError('no such device')\n", "utf-8")
-    command = [sys.executable, gpu.__file__, "step", "losses", "--rehearse", "--limit", "120",
-               "--first", fault, "--out", tmp_path]
-    done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, encoding="utf-8")
-    assert done.returncode == 1, done.stderr[-2000:]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["step", "losses", "--rehearse", "--limit", "120", "--first", fault, "--out", tmp_path]
+    with pytest.raises(SystemExit) as end: gpu.main(list(map(str, command)))
+    assert end.value.code == 1
     rows = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["rows"]
     bad = {row["part"]: row["value"] for row in rows if row["ok"] is False}
     assert bad.keys() == {"step"} and any(row["part"] == "losses" and row["ok"] for row in rows)

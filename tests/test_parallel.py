@@ -4,11 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 import pytest
 import torch
+import gpu
+import kill
 from conftest import run, two
 from deco.config import PRESETS
 from deco import train as training
@@ -17,34 +18,13 @@ from smoke import smoke
 
 STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0",
          "--ema-decay", "0.99", "0.9"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-SMOKE = Path(__file__).parent / "smoke.py"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start_two(*argv) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    command = [*TORCHRUN, *map(str, argv)]
+    command = [*gpu.torchrun(2), *map(str, argv)]
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", env=ONE_THREAD)
-
-
-def torchrun(*argv) -> str:
-    "A script in two processes of torchrun; what it prints."
-    agent = start_two(*argv)
-    try: out, err = agent.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        agent.terminate()                        # torchrun ends its processes; killed, it would leave them
-        out, err = agent.communicate(timeout=120)
-    assert agent.returncode == 0, err[-3000:]
-    return out
-
-
-def alone(*argv) -> str:
-    "A script in a process of its own; what it prints."
-    command = [sys.executable, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -176,25 +156,25 @@ def test_init(straight, photos, tmp_path):
     assert "does not fit" in run(training, *start, "--out", tmp_path / "other", "--model", "deco-toy")
 
 
-def test_smoke_two(data_root):
+def test_smoke_two(captioned, tmp_path):
     "A preset, shrunk: train, draw, save, resume, sample, evaluate within four steps, in two processes."
     for_classes, for_prompts = "deco-l-256", "t2i-256"                                   # DDP, FSDP
-    out = torchrun(SMOKE, data_root.parent, for_classes, for_prompts)
-    assert "2 presets, 2 processes" in out
+    two("smoke", tmp_path, captioned, for_classes, for_prompts)
 
 
-def test_smoke_one(data_root):
+def test_smoke_one(captioned, tmp_path):
     "The same alone."
-    smoke("scenes", data_root.parent, "ddp")
+    smoke("scenes", tmp_path, str(captioned), "ddp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_takes_a_step(preset, data_root, tmp_path):
+def test_every_preset_takes_a_step(preset, captioned, data_root, tmp_path):
     flags = ["--preset", preset, "--smoke", "--images", 16, "--data-root", data_root]
+    if "text" in PRESETS[preset]: flags += ["--data", captioned]
     assert run(training, *flags, "--out", tmp_path / "run") == "" and rows(tmp_path / "run")[-1]["step"] == 1
 
 
-def test_killed():
+def test_killed(capsys):
     "SIGKILL at random moments; the end is that of an undisturbed run (tools/kill.py does it twenty times)."
-    out = alone(Path(__file__).parent.parent / "tools" / "kill.py", "--kills", 2)
-    assert json.loads(out)["identical"]
+    with pytest.raises(SystemExit) as end: kill.main(["--kills", "2", "--steps", "24"])
+    assert not end.value.code and json.loads(capsys.readouterr().out)["identical"]

@@ -1,15 +1,11 @@
 "The plan of a run beside what torch counts: parameters, FLOPs, activations, shards, collectives; complaints."
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from conftest import run
+from conftest import apart, run
 from deco import ablate
 from deco import plan as planning
 from deco.config import Config, parse, PRESETS
@@ -163,12 +159,13 @@ RANKS = 24
 @pytest.fixture(scope="module")
 def rehearsed():
     "Rank 0 of many, on a fake process group, in a process of its own: a row for each precision."
-    code = (f"import json, rehearse; config = {named('deco-toy', depth=2)}; "
-            f"rows = {{p: rehearse.rehearse(config, 32, {RANKS}, p) for p in ('float32', 'bf16')}}; "
-            "print(json.dumps(rows))")
-    tools = Path(__file__).parent.parent / "tools"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=tools)
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart(rehearsals)
+
+
+def rehearsals():
+    import rehearse                                             # it changes torch: not in this process
+    config = named("deco-toy", depth=2)
+    return {p: rehearse.rehearse(config, 32, RANKS, p) for p in ("float32", "bf16")}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -2,9 +2,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 import deco
-from conftest import run
+from conftest import begin, run
 from deco import sample as sampling
 from deco import train as training
 from deco.config import Config, parse
@@ -79,13 +76,13 @@ def test_interrupt_saves(photos, tmp_path):
     "A scheduler's SIGTERM: one line, exit code 143, nothing lost; the same command goes on."
     out = tmp_path / "run"
     flags = [*SMALL, "--data", str(photos), "--out", str(out), "--save-every", "64"]
-    p = subprocess.Popen([sys.executable, "-m", "deco.train", *flags, "--images", "64000"],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    p = begin(tmp_path / "errors", "deco.train", *flags, "--images", "64000")
     deadline = time.time() + 120
     while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
-    p.send_signal(signal.SIGTERM)
-    _, err = p.communicate(timeout=120)
-    assert p.returncode == 143 and "stopped and saved" in err and len(err.strip().splitlines()) == 1, err
+    p.terminate()
+    p.join(120)
+    err = (tmp_path / "errors").read_text("utf-8")
+    assert p.exitcode == 143 and "stopped and saved" in err and len(err.strip().splitlines()) == 1, err
     seen = len(rows(out)) * 16
     assert seen >= 64 and run(training, *flags, "--images", seen + 16) == ""
     assert len(rows(out)) * 16 == seen + 16
@@ -157,14 +154,10 @@ def test_out_is_a_file(photos, tmp_path):
     assert (tmp_path / "run").read_text("utf-8") == "mine"
 
 
-LIMITED = """
-import resource
-import sys
-from deco.core import run_command
-from deco.train import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-run_command(lambda: main(sys.argv[1:]))
-"""
+def small_files():
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
 
 def test_full_disk(finished, photos, tmp_path):
     "No room while saving (a limit on the size of files): one line, and the files of before are whole."
@@ -172,9 +165,11 @@ def test_full_disk(finished, photos, tmp_path):
     shutil.copytree(finished, out)
     before = snapshot(out)
     flags = [*SMALL, "--data", str(photos), "--out", str(out), "--images", "128"]
-    p = subprocess.run([sys.executable, "-c", LIMITED, *flags], capture_output=True, encoding="utf-8")
-    warning, error = p.stderr.splitlines()
-    assert p.returncode == 1 and warning.startswith("warning: its 64 images were trained for"), p.stderr
+    p = begin(tmp_path / "errors", "deco.train", *flags, prepare=small_files)
+    p.join(120)
+    err = (tmp_path / "errors").read_text("utf-8")
+    warning, error = err.splitlines()
+    assert p.exitcode == 1 and warning.startswith("warning: its 64 images were trained for"), err
     assert error.startswith("error: cannot write") and "000000000096" in error and "make room" in error
     after = snapshot(out)
     names = ("config.json", "state.json")

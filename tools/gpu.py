@@ -477,6 +477,12 @@ def log_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
+def torchrun(processes: int) -> list[str]:
+    "What begins a command in so many processes."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, f"--nproc-per-node={processes}"]
+
+
 def run_train(arguments: list, launcher: list, until: int = 0) -> tuple[int, str]:
     "Train in a process of its own; with `until`, ask it to stop once its log has so many rows."
     command = [*launcher, "-m", "deco.train", *map(str, arguments)]
@@ -510,7 +516,6 @@ def part_whole(bench: Bench, note: Notes) -> None:
         note("REPA", "left out: timm is not installed")
         arguments += ["--repa", "none"]
     alone = [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
 
     with note.attempt("SIGTERM and resume"):
         out = bench.folder / "alone"
@@ -532,7 +537,7 @@ def part_whole(bench: Bench, note: Notes) -> None:
         with note.attempt(f"torchrun, {parallel}"):
             out = bench.folder / parallel
             fast = [*arguments, "--no-compile", "--repa", "none", "--out", out]
-            code, text = run_train([*fast, "--parallel", parallel], torchrun)
+            code, text = run_train([*fast, "--parallel", parallel], torchrun(1))
             rows = log_rows(out)
             fine = code == 0 and rows[-1]["images"] >= images
             note(f"torchrun, {parallel}: last loss", rows[-1]["loss"] if rows else None, fine,
@@ -642,7 +647,7 @@ def write(out: Path, head: dict, rows: list[dict]) -> None:
     (out / "gpu.md").write_text(text, encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
@@ -652,7 +657,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0, help="seconds of each part (default: its own)")
     parser.add_argument("--first", help="a Python file that each part runs first: a fault, for tests")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.parts) - set(PARTS)
     if unknown: parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     args.device = args.device or ("cpu" if args.rehearse else "cuda")

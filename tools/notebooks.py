@@ -4,12 +4,15 @@
     python tools/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
     python tools/notebooks.py readme [--check]                README.md from nbs/index.ipynb
 
-`--jobs 2` runs two notebooks at once, each with its share of the cores. Cells with `#| eval: false` or a flag
-of `tst_flags` in settings.ini (`slow`, `gpu`) are left as they are, as `nbdev_test` leaves them.
+`--jobs 2` runs two notebooks at once, each with its share of the cores; `--also COMMAND` takes its turn
+before them. Cells with `#| eval: false` or a flag of `tst_flags` in settings.ini (`slow`, `gpu`) are left as
+they are, as `nbdev_test` leaves them. `check` leaves out the export too: it would write a module while
+another notebook imports it.
 """
 import argparse
 import base64
 import copy
+import gc
 import io
 import multiprocessing
 import os
@@ -18,17 +21,62 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from configparser import ConfigParser
 from pathlib import Path
 from typing import NamedTuple
 import nbformat
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.I)
+
+
+# --- the kernels' processes
+
+LIBRARIES = ["debugpy", "ipykernel.kernelapp", "matplotlib.pyplot", "nbclient", "nbformat", "scipy.stats",
+             "torch", "torch.distributed.fsdp", "torchvision",
+             "transformers.models.bert.modeling_bert"]                         # seconds each, and not ours
+
+
+class Forked:
+    "A kernel forked off a process that has the large libraries imported. To Jupyter it is a `Popen`."
+    stdin = stdout = stderr = None
+
+    def __init__(self, cmd: list[str], env: dict[str, str], cwd: str, **_):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
+        here, there = context.Pipe()
+        self.process = context.Process(target=kernel, args=(cmd[cmd.index("-f"):], env, cwd, there))
+        self.process.start()
+        here.recv()                                             # it has a process group of its own
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None: return self.process.exitcode
+    def send_signal(self, number: int) -> None: os.kill(self.pid, number)
+    def terminate(self) -> None: self.process.terminate()
+    def kill(self) -> None: self.process.kill()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+def kernel(arguments: list[str], env: dict[str, str], cwd: str, ready) -> None:
+    "Be a kernel, as `python -m ipykernel_launcher` is one."
+    from ipykernel import kernelapp
+    gc.freeze()                                 # each collection would look through all the libraries again
+    os.setsid()
+    ready.send(True)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["ipykernel_launcher", *arguments]
+    sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]
+    kernelapp.launch_new_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
 
 
 # --- running
@@ -42,13 +90,14 @@ def skipped(cell) -> bool:
     return any(d.replace(" ", "") == "eval:false" or d in flags for d in directives)
 
 
-def execute(nb):
+def execute(nb, export: bool = True):
     "Run every cell that is not skipped in a fresh kernel, with nbs/ as its folder; the first error stops."
     place = {"metadata": {"path": str(ROOT / "nbs")}}
     client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or skipped(cell): continue
+            if "nbdev_export()" in cell.source and not export: continue
             client.execute_cell(cell, i)
             # libraries write log lines to stderr
             cell.outputs = [o for o in cell.outputs if not progress_bar(o) and o.get("name") != "stderr"]
@@ -126,7 +175,7 @@ def stale(saved, fresh, rtol: float = 0.02) -> list[str]:
 # --- one notebook after the other, or several at once
 
 class Report(NamedTuple):
-    path: Path
+    name: str
     seconds: float
     problems: list[str]
 
@@ -137,24 +186,32 @@ def refresh(path: Path, save: bool) -> Report:
     saved = nbformat.read(path, 4)
     problems = []
     try:
-        fresh = execute(copy.deepcopy(saved))
+        fresh = execute(copy.deepcopy(saved), export=save)
         if not save: problems = stale(saved, fresh)
     except (CellExecutionError, DeadKernelError, TimeoutError) as e:
         problems = [f"{type(e).__name__}: {str(e)[-3000:]}"]
     if save and not problems:
         nbformat.write(fresh, path)
         subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
-    return Report(path, time.time() - start, problems)
+    return Report(path.name, time.time() - start, problems)
 
 
-def refresh_all(paths: list[Path], save: bool, jobs: int) -> Iterator[Report]:
-    "Execute notebooks, so many at once, each in a process of its own; give their reports as they end."
-    if jobs == 1:
-        for path in paths: yield refresh(path, save)
-        return
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))       # the kernels inherit it
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(refresh, path, save) for path in paths]
+def command(line: str) -> Report:
+    "Run a command of the shell, and show what it printed when it has ended."
+    start = time.time()
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          encoding="utf-8", errors="replace", cwd=ROOT)
+    print(done.stdout, flush=True)
+    return Report(line, time.time() - start, [f"exit code {done.returncode}"] if done.returncode else [])
+
+
+def refresh_all(paths: list[Path], save: bool, jobs: int, also: list[str]) -> Iterator[Report]:
+    "Run commands, then notebooks, so many at once, each in a process of its own; give reports as they end."
+    if jobs > 1: os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))      # inherited
+    if sys.platform == "linux" and len(paths) > 1: local_provisioner.launch_kernel = Forked
+    with ThreadPoolExecutor(jobs) as pool:                     # threads that wait for processes
+        futures = [*(pool.submit(command, line) for line in also),
+                   *(pool.submit(refresh, path, save) for path in paths)]
         for future in as_completed(futures): yield future.result()
 
 
@@ -192,14 +249,15 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all)")
     parser.add_argument("--check", action="store_true", help="readme: compare, write nothing")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at once (default: 1)")
+    parser.add_argument("--also", action="append", default=[], help="a command, run before the notebooks")
     args = parser.parse_intermixed_args()            # --jobs may stand before the paths
     if args.command == "readme": return readme(args.check)
     paths = args.paths or sorted((ROOT / "nbs").glob("*.ipynb"))
     failed = False
-    for report in refresh_all(paths, args.command == "run", args.jobs):
+    for report in refresh_all(paths, args.command == "run", args.jobs, args.also):
         failed |= bool(report.problems)
         problems = "".join(f"\n  {p}" for p in report.problems)
-        print(f"{report.path.name}: {report.seconds:.0f} s{problems}", flush=True)
+        print(f"{report.name}: {report.seconds:.0f} s{problems}", flush=True)
     if failed:
         sys.exit("saved outputs are not what a run gives: `python tools/notebooks.py run`, then look at them")
 

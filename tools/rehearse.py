@@ -74,7 +74,7 @@ def rehearse(config: dict, size: int, ranks: int, precision: str = "float32") ->
     finally: dist.destroy_process_group()
 
 
-def main():
+def main(argv: list[str] | None = None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", choices=SIZES, default="deco-xl")
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = SIZES[args.model] | dict(recompute="blocks")
     if args.depth: config["depth"] = args.depth
     for ranks in args.ranks:
