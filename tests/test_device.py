@@ -1,5 +1,6 @@
 "As a GPU would see it: graphs, copies and waits, counted on the CPU; the draws are the same everywhere."
 import math
+import platform
 import threading
 from contextlib import contextmanager
 import pytest
@@ -218,6 +219,35 @@ def test_a_norm_is_not_rounded(dtype):
     want = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.allclose(got.double(), want, rtol=1e-6)
+
+
+def test_derivative_of_a_norm_and_rotation():
+    "Written by hand: beside differences, and beside the plain formula's that a compiler gets."
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    norm = deco.dit.RMSNorm(8).double()
+    torch.nn.init.normal_(norm.weight)
+    rope = [z.double() for z in deco.dit.rope_table((2, 3), 8)]
+    def fused(x, weight): return deco.dit.normed_rotated(norm, x[:, :, 0], rope)    # not contiguous
+    def plain(x, weight): return deco.dit.rotate(norm(x[:, :, 0]), *rope)
+    inputs = x, norm.weight
+    assert torch.autograd.gradcheck(fused, inputs) and torch.allclose(fused(*inputs), plain(*inputs))
+    got, want = (torch.autograd.grad(f(*inputs).sin().sum(), inputs) for f in (fused, plain))
+    assert all(map(torch.allclose, got, want))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept():
+    "Tensors of a second step find the pages of the first: no other is mapped and zeroed."
+    import resource
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2**20) for _ in range(24)]                 # 96 MiB, of 24,576 pages
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert deco.core.pick_device("cpu") == "cpu"
+    faults()
+    assert faults() < 2500
 
 
 # --- draws

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import naive
+from deco.core import pick_device
 from deco.dct import frequency_loss, jpeg_weights
 from deco.flow import flow_loss, interpolate, sample, velocity
 from deco.model import create
@@ -159,6 +160,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
+    pick_device("cpu")                                             # as every command does, for both sides
     result = dict(torch=torch.__version__, threads=torch.get_num_threads(), machine=platform.machine())
     if len(args.what) > 1:
         for job in args.what: result |= alone(job, args.rounds)
