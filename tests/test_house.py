@@ -23,7 +23,7 @@ FLOORS = (                                  # a module imports modules of lower 
     ("ablate",),
 )
 EXCEPTION = ("model", "hub")                # a model publishes itself: it imports deco.hub when asked to
-BUDGET = 65_500                             # raise it by what a new capability needs, and say so
+BUDGET = 66_500                             # raise it by what a new capability needs, and say so
 
 
 def written(path: Path) -> str:
