@@ -121,9 +121,10 @@ def step_flops(config: dict, size: _Size) -> int:
 def _block_activations(block, tokens, itemsize, text=0):
     "Count the bytes that a block keeps for the backward pass, and those that are made again there."
     h, D, H = itemsize, block.attn.proj.in_features, block.mlp.down.in_features
-    attention = 20 * tokens * block.attn.heads  # norms of q and k, sums of softmax
+    attention = 12 * tokens * block.attn.heads  # norms of q and k, sums of softmax
     joint = 0
-    if text: joint = D * h * (2 * tokens + 5 * text) + 4 * text * block.attn.heads  # its k, v; all in a row
+    # The prompt's k, v; all k and v in a row, instead of the image's own q, k, v and rotated k
+    if text: joint = D * h * (5 * text - 2 * tokens) + 4 * text * block.attn.heads
     whole = tokens * (D * (12 * h + 16) + 4 * h * H + 16) + D * (8 * h + 8) + attention + joint
     if block.recompute == "none": return whole, 0
     if block.recompute == "blocks": return tokens * D * h, whole                    # its input
