@@ -340,6 +340,10 @@ def all_reduce(values: Tensor) -> Tensor:
     if dist.is_initialized(): dist.all_reduce(values)
     return values
 
+def whole_tensor(p: Tensor) -> Tensor:
+    "Give a parameter or a norm as one tensor: under FSDP it is gathered, and every process calls this."
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
 def barrier() -> None:
     "Wait until every process is here."
     if dist.is_initialized(): dist.barrier()

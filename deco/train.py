@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .config import check, Config, parse
 from .core import (all_reduce, cannot_write, claim, dist_info, fill, first_line, flag, flush, generator,
                        memory_mb, on_rank0, on_signals, parameter_count, pick_device, process_group, progress,
-                       read_json, read_tensors, reader_processes, run_command, traits, write_atomic,
-                       write_figure, write_picture, write_text)
+                       read_json, read_tensors, reader_processes, run_command, traits, whole_tensor,
+                       write_atomic, write_figure, write_picture, write_text)
 from .data import epoch_indices, make_grid, to_float
 from .datasets import examples, NAMED, open_data
 from .dct import frequency_loss
@@ -41,8 +41,8 @@ from .dit import DiT
 from .files import batches
 from .flow import flow_loss, interpolate, logit_normal, velocity
 from .model import build, compile_parts, create, load, model_args, run_folder, sample_images, save
+from .muon import for_muon, Muon
 from .official import load_official
-from .muon import for_muon, Muon, whole_tensor
 from .plan import cost, flops_per_image
 from .repa import load_encoder, Projector, repa_loss
 from .text import TextEncoder
