@@ -127,6 +127,7 @@ def build(config: dict) -> DiT:
 # %% ../nbs/05_model.ipynb #c011
 _PAPER = dict(decoder_width=32, decoder_depth=3, decoder_gain=0.0)
 _TOY = _PAPER | dict(decoder_gain=0.5)
+_MINI = dict(decoder_width=16, decoder_depth=3, decoder_gain=0.5)
 _TINY = dict(decoder_width=8, decoder_depth=2, decoder_gain=0.5)
 SIZES = {
     "deco-xxl":  dict(patch_size=16, width=1536, depth=16, heads=24, recompute="cheap", **_PAPER,
@@ -137,6 +138,8 @@ SIZES = {
     "dit-l":     dict(patch_size=16, width=1024, depth=24, heads=16, recompute="cheap"),
     "deco-toy":  dict(patch_size=8,  width=192,  depth=4,  heads=3,  **_TOY),
     "dit-toy":   dict(patch_size=8,  width=192,  depth=6,  heads=3),
+    "deco-mini": dict(patch_size=4,  width=128,  depth=6,  heads=2, prediction="x", **_MINI,
+                      mlp_ratio=4.125),
     "deco-tiny": dict(patch_size=8,  width=64,   depth=2,  heads=2,  **_TINY),
     "dit-tiny":  dict(patch_size=8,  width=64,   depth=3,  heads=2),
 }

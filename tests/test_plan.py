@@ -212,7 +212,7 @@ def test_plan():
 
 
 COMPLAINTS = [
-    (["--preset", "nonsense"], "--preset"), (["--size", "20", "--preset", "openmoji"], "--size"),
+    (["--preset", "nonsense"], "--preset"), (["--size", "30", "--preset", "openmoji"], "--size"),
     (["--size", "0"], "--size"), (["--gpus", "3"], "--gpus"), (["--gpus", "0"], "--gpus"),
     (["--gpus", "many"], "--gpus"), (["--batch-size", "-4"], "--batch-size"),
     (["--micro-batch", "5"], "--micro-batch"), (["--tflops", "nan"], "--tflops"),

@@ -119,7 +119,7 @@ def test_broken_image(tmp_path):
 def test_other_settings(finished, photos):
     before = snapshot(finished)
     error = run(training, *SMALL, "--data", photos, "--out", finished, "--lr", "0.5")
-    assert "--lr 0.002 (now 0.5)" in error and snapshot(finished) == before
+    assert "--lr 0.004 (now 0.5)" in error and snapshot(finished) == before
 
 
 def test_foreign_folder(photos, tmp_path):
