@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from textwrap import wrap
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw
@@ -349,18 +350,20 @@ def batch(data: Dataset, seed: int, start: int, size: int) -> tuple[Tensor, Tens
 def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | None = None) -> Image.Image:
     """Draw images (B, 3, H, W) in [-1, 1] (or uint8) side by side on white, each pixel scale x scale.
 
-    names: written below the images, cut where they are too long.
+    names: written below the images, in lines as wide as they are, of which the first six are shown.
     """
     x = x if x.dtype == torch.uint8 else to_uint8(x)
     B, _, H, W = x.shape
     columns = min(columns, B)
+    letters = max(1, scale * W // 6)                                      # that fit below an image
+    texts = [wrap(name, letters, max_lines=6, placeholder="…") for name in names or []]
     w = scale * (W + 2)
-    h = scale * (H + 2) + (12 if names else 0)
+    h = scale * (H + 2) + 12 * max(map(len, texts), default=0)
     grid = Image.new("RGB", (columns * w - 2 * scale, -(-B // columns) * h - 2 * scale), "white")
     for i, image in enumerate(x.cpu()):
         left, top = i % columns * w, i // columns * h
         grid.paste(to_image(image).resize((scale * W, scale * H), Image.NEAREST), (left, top))
-        if names:
-            text = names[i][:scale * W // 6]
-            ImageDraw.Draw(grid).text((left, top + scale * H), text, fill="black", font_size=10)
+        for line, text in enumerate(texts[i] if names else []):
+            place = left, top + scale * H + 12 * line
+            ImageDraw.Draw(grid).text(place, text, fill="black", font_size=10)
     return grid
