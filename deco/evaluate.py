@@ -162,7 +162,8 @@ def save_spectra(path: Path, spectra: dict[str, list]) -> None:
     from matplotlib.figure import Figure
     spectra = {name: torch.tensor(s) for name, s in spectra.items()}
     reference = spectra.pop("reference", None)
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5))
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.87, hspace=0.32)    # a layout would draw all twice
     plot_spectra(figure, spectra, reference)
     figure.suptitle("Spectra: mean level of each frequency of 8x8 blocks", fontsize=10)
     write_figure(path, figure)

@@ -579,7 +579,7 @@ def _running_mean(values, window=50):
 def _plot_log(path, log):
     "Plot the loss curve, each part and its running mean over 50 rows, as a PNG."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4))                                         # no layout: it would draw all twice
     ax = fig.subplots()
     for part in ("mse", "freq", "repa"):
         rows = [row for row in log if _is_number(row.get(part)) and math.isfinite(row[part])]
@@ -590,8 +590,10 @@ def _plot_log(path, log):
         means = _running_mean(values)
         line, = ax.plot(images, means[::every], label=f"{part}: {means[-1]:.4f}")
         ax.plot(images, values[::every], color=line.get_color(), alpha=0.2, lw=0.5)
-    ax.set(xlabel="images seen", ylabel="loss", yscale="log",
-           title="Training loss (running mean of 50 rows of the log)")
+    ax.set(xlabel="images seen", ylabel="loss", title="Training loss (running mean of 50 rows of the log)")
+    ax.set_yscale("log", subs=(2, 3, 5))
+    ax.yaxis.set_major_formatter("{x:g}")                                # powers of ten take long to typeset
+    ax.yaxis.set_minor_formatter("{x:g}")
     if ax.lines: ax.legend()
     write_figure(path, fig)
 

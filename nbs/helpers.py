@@ -1,8 +1,11 @@
 "What the notebooks share: how figures look, what bad input is answered with, a process of its own."
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 import matplotlib.pyplot as plt
 import torch
+import torch.multiprocessing as mp
 
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.titlesize": 10}
 
@@ -36,3 +39,23 @@ def forked(f: Callable):
     pipe.close()                                # the child has its own end of it
     try: return answer.recv()
     finally: process.join()
+
+
+def as_rank(index: int, port: int, f: Callable, args: tuple) -> None:
+    "Be one of two processes, with the environment and the one thread that torchrun gives it."
+    os.environ |= dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    f(*args)
+
+
+def in_two_processes(f: Callable, *args) -> None:
+    """Call f(*args) in two processes, as torchrun does; they are forked off this one, where the system forks.
+
+    So torch is imported already. What torchrun itself adds is tried in 90_core and tests/test_parallel.py.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    mp.start_processes(as_rank, (port, f, args), nprocs=2, start_method=start)

@@ -2,13 +2,13 @@
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 import pytest
+import torch
 import deco
-from conftest import run
+from conftest import begin, run
 from deco import demo
 
 gradio = pytest.importorskip("gradio")
@@ -17,25 +17,29 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
+def quiet():
+    os.environ |= dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
     "The page of the model that comes with deco, served by the command."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = os.environ | dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    server = subprocess.Popen([sys.executable, "-m", "deco.demo", "scenes-toy", "--port", str(port)],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    errors = tmp_path_factory.mktemp("demo") / "errors"
+    server = begin(errors, "deco.demo", "scenes-toy", "--port", port, prepare=quiet)
     try:
         for _ in range(240):
-            if server.poll() is not None: pytest.fail(server.stdout.read().decode())
+            if server.exitcode is not None: pytest.fail(errors.read_text("utf-8"))
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", port)) == 0: break
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
-        server.wait()
+        server.join()
 
 
 @pytest.fixture(scope="module")

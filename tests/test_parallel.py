@@ -1,30 +1,42 @@
 "One run on one process, on two with DDP and FSDP, in several passes, stopped and resumed: the same numbers."
 import json
 import os
+import shlex
 import shutil
-import signal
-import subprocess
 import time
+from functools import partial
 from pathlib import Path
 import pytest
 import torch
+import torch.distributed.run as torchrun
 import gpu
 import kill
-from conftest import run, two
+from conftest import begin, CONTEXT, run, to_its_end, two
 from deco.config import PRESETS
+from deco import core
 from deco import train as training
 from deco.core import read_tensors
 from smoke import smoke
 
-STEPS = ["--smoke", "--save-every", "240", "--sample-every", "480", "--warmup", "0", "--decay", "0",
+STEPS = ["--smoke", "--save-every", "160", "--sample-every", "320", "--warmup", "0", "--decay", "0",
          "--ema-decay", "0.99", "0.9"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start_two(*argv) -> subprocess.Popen:
-    pipe = subprocess.PIPE
-    command = [*gpu.torchrun(2), *map(str, argv)]
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", env=ONE_THREAD)
+def forked_ranks(folder: Path) -> None:
+    "Have this process's torchrun fork its processes off one with torch imported; else it is as it is."
+    read = torchrun.config_from_args
+    def config_from_args(args):
+        config, _, words = read(args)
+        config.start_method = CONTEXT.get_start_method()
+        return config, torchrun_rank, [folder, *words[words.index("-m") + 1:]]
+    torchrun.config_from_args = config_from_args
+
+
+def torchrun_rank(folder: Path, module: str, *argv) -> None:
+    "What torchrun begins; its parent is the process that forks. What it says on stderr goes into a file."
+    core.PARENT = os.getppid()
+    torch.set_num_threads(1)
+    to_its_end(folder / f"errors{os.environ['RANK']}", module, argv, None)
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -42,75 +54,88 @@ def same(a: Path, b: Path) -> None:
     "Weights, averages, moments and log: bit for bit."
     x, y = tensors(a), tensors(b)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-    assert rows(a) == rows(b) and len(rows(a)) == 30
+    assert rows(a) == rows(b) and len(rows(a)) == 20
 
 
 def close(a: Path, b: Path) -> None:
-    "Thirty losses, within 1e-5."
+    "Twenty losses, within 1e-5."
     x, y = ([row["loss"] for row in rows(out)] for out in (a, b))
-    assert len(x) == len(y) == 30 and max(abs(p / q - 1) for p, q in zip(x, y)) < 1e-5
+    assert len(x) == len(y) == 20 and max(abs(p / q - 1) for p, q in zip(x, y)) < 1e-5
 
 
 @pytest.fixture(scope="module")
 def straight(photos, tmp_path_factory):
-    "Thirty steps in one process, and in two (DDP)."
+    "Twenty steps in one process, and in two (DDP)."
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("parallel")
-    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", out / "one") == ""
-    two("deco.train", *STEPS, "--data", photos, "--images", 480, "--out", out / "two")
+    assert run(training, *STEPS, "--data", photos, "--images", 320, "--out", out / "one") == ""
+    two("deco.train", *STEPS, "--data", photos, "--images", 320, "--out", out / "two")
     return out
 
 
-def test_same_losses(straight, photos, tmp_path):
+def main(commands: list[str]) -> None:
+    "Several trainings in one group of processes."
+    with core.process_group("cpu"):
+        for words in commands: training.main(shlex.split(words))
+
+
+@pytest.fixture(scope="module")
+def sharded(photos, tmp_path_factory):
+    "Three runs with FSDP. One pair of processes does them all: how to shard is worked out once, and slowly."
+    out = tmp_path_factory.mktemp("sharded")
+    kinds = {"fsdp": "--micro-batch 4", "bf16": "--precision bf16", "muon": "--optimizer muon --images 160"}
+    steps = [*STEPS, "--data", str(photos), "--images", "320", "--parallel", "fsdp"]
+    two("test_parallel", *(shlex.join([*steps, *flags.split(), "--out", str(out / name)])
+                           for name, flags in kinds.items()))
+    return out
+
+
+def test_same_losses(straight, sharded, photos, tmp_path):
     "The same total batch: 1 process, 2 with DDP, 2 with FSDP, 1 with two passes a step."
-    steps = [*STEPS, "--data", photos, "--images", 480]
+    steps = [*STEPS, "--data", photos, "--images", 320]
     assert run(training, *steps, "--micro-batch", 8, "--out", tmp_path / "passes") == ""
-    two("deco.train", *steps, "--parallel", "fsdp", "--micro-batch", 4, "--out", tmp_path / "fsdp")
-    for other in (straight / "two", tmp_path / "fsdp", tmp_path / "passes"): close(straight / "one", other)
+    for other in (straight / "two", sharded / "fsdp", tmp_path / "passes"): close(straight / "one", other)
 
 
-def test_fsdp_in_bf16(straight, photos, tmp_path):
+def test_fsdp_in_bf16(straight, sharded):
     "Weights gathered in 16 bits, gradients summed in 32: near to one process's float32 (8 bits: 0.4 %)."
-    steps = [*STEPS, "--data", photos, "--images", 480]
-    flags = "--parallel", "fsdp", "--precision", "bf16"
-    two("deco.train", *steps, *flags, "--out", tmp_path / "run")
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(rows(straight / "one"), rows(tmp_path / "run"))]
-    assert len(pairs) == 30 and max(abs(a / b - 1) for a, b in pairs) < 2**-8
-    assert all(p.dtype == torch.float32 for p in tensors(tmp_path / "run").values())
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(rows(straight / "one"), rows(sharded / "bf16"))]
+    assert len(pairs) == 20 and max(abs(a / b - 1) for a, b in pairs) < 2**-8
+    assert all(p.dtype == torch.float32 for p in tensors(sharded / "bf16").values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_one(straight, photos, tmp_path, workers):
-    "15 + 15 steps are 30 steps, bit for bit, whoever reads the images."
+    "10 + 10 steps are 20 steps, bit for bit, whoever reads the images."
     steps = [*STEPS, "--data", photos, "--workers", workers, "--out", tmp_path / "run"]
-    for images in (240, 480): assert run(training, *steps, "--images", images) == ""
+    for images in (160, 320): assert run(training, *steps, "--images", images) == ""
     same(straight / "one", tmp_path / "run")
 
 
 def test_resume_two(straight, photos, tmp_path):
     steps = [*STEPS, "--data", photos, "--workers", 2, "--out", tmp_path / "run"]
-    for images in (240, 480): two("deco.train", *steps, "--images", images)
+    for images in (160, 320): two("deco.train", *steps, "--images", images)
     same(straight / "two", tmp_path / "run")
 
 
 def test_resume_elsewhere(straight, photos, tmp_path):
     "Two processes with DDP, then two with FSDP, then one: the same losses."
     shutil.copytree(straight / "two", tmp_path / "run")
-    shutil.rmtree(training.checkpoints(tmp_path / "run")[-1])                            # back to step 15
+    shutil.rmtree(training.checkpoints(tmp_path / "run")[-1])                            # back to step 10
     steps = [*STEPS, "--data", photos, "--out", tmp_path / "run"]
-    two("deco.train", *steps, "--images", 400, "--parallel", "fsdp")
-    assert run(training, *steps, "--images", 480) == ""
+    two("deco.train", *steps, "--images", 240, "--parallel", "fsdp")
+    assert run(training, *steps, "--images", 320) == ""
     close(straight / "one", tmp_path / "run")
 
 
-def test_muon(photos, tmp_path):
-    "Fifteen steps in two processes, each with its shares of the matrices, and fifteen in one: as in one."
+def test_muon(sharded, photos, tmp_path):
+    "Ten steps in two processes, each with its shares of the matrices, and ten in one: as in one."
     steps = [*STEPS, "--optimizer", "muon", "--data", photos]
-    assert run(training, *steps, "--images", 480, "--out", tmp_path / "one") == ""
-    two("deco.train", *steps, "--images", 240, "--parallel", "fsdp", "--out", tmp_path / "run")
-    assert run(training, *steps, "--images", 480, "--out", tmp_path / "run") == ""
-    close(tmp_path / "one", tmp_path / "run")
-    kept = tensors(tmp_path / "run")
+    assert run(training, *steps, "--images", 320, "--out", tmp_path / "one") == ""
+    assert len(rows(sharded / "muon")) == 10
+    assert run(training, *steps, "--images", 320, "--out", sharded / "muon") == ""
+    close(tmp_path / "one", sharded / "muon")
+    kept = tensors(sharded / "muon")
     assert "momentum.model.blocks.0.attn.qkv.weight" in kept and "exp_avg.model.head.linear.weight" in kept
 
 
@@ -119,9 +144,9 @@ def test_falls_back(straight, photos, tmp_path, capsys):
     shutil.copytree(straight / "one", tmp_path / "run")
     path = next(training.checkpoints(tmp_path / "run")[-1].glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert run(training, *STEPS, "--data", photos, "--images", 480, "--out", tmp_path / "run") == ""
-    assert "000000000480" in capsys.readouterr().err
-    assert list((tmp_path / "run" / "checkpoints").glob("000000000480.damaged*"))
+    assert run(training, *STEPS, "--data", photos, "--images", 320, "--out", tmp_path / "run") == ""
+    assert "000000000320" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").glob("000000000320.damaged*"))
     same(straight / "one", tmp_path / "run")
 
 
@@ -136,13 +161,15 @@ def test_stop_two(photos, tmp_path):
     "A scheduler's SIGTERM to torchrun: both processes stop after one step, saved; the same command goes on."
     out = tmp_path / "run"
     flags = [*STEPS, "--data", str(photos), "--out", str(out)]
-    p = start_two("-m", "deco.train", *flags, "--images", "480000")
+    p = begin(tmp_path / "errors", "torch.distributed.run", *gpu.torchrun(2)[3:], "-m", "deco.train", *flags,
+              "--images", "480000", prepare=partial(forked_ranks, tmp_path))
     deadline = time.time() + 120
     while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
-    p.send_signal(signal.SIGTERM)
-    _, err = p.communicate(timeout=120)
+    p.terminate()
+    p.join(120)
+    err = (tmp_path / "errors0").read_text("utf-8")
     seen = rows(out)[-1]["images"]
-    assert p.returncode != 0 and f"stopped and saved after {seen:,} images" in err
+    assert p.exitcode != 0 and f"stopped and saved after {seen:,} images" in err
     assert int(training.checkpoints(out)[-1].name) == seen
     assert run(training, *flags, "--images", seen + 16) == "" and rows(out)[-1]["images"] == seen + 16
 
@@ -176,5 +203,5 @@ def test_every_preset_takes_a_step(preset, captioned, data_root, tmp_path):
 
 def test_killed(capsys):
     "SIGKILL at random moments; the end is that of an undisturbed run (tools/kill.py does it twenty times)."
-    with pytest.raises(SystemExit) as end: kill.main(["--kills", "2", "--steps", "24"])
+    with pytest.raises(SystemExit) as end: kill.main(["--kills", "2", "--steps", "16"])
     assert not end.value.code and json.loads(capsys.readouterr().out)["identical"]

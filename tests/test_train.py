@@ -60,7 +60,7 @@ def test_files(finished, capsys, photos):
 def test_resume_is_exact(photos, tmp_path):
     """4 steps are bit for bit 2 steps, a new process state, and 2 more.
 
-    (tests/test_parallel.py: 30 steps, and workers and processes.)
+    (tests/test_parallel.py: 20 steps, and workers and processes.)
     """
     common = [*SMALL, "--data", photos, "--decay", "0", "--warmup", "0"]
     assert run(training, *common, "--out", tmp_path / "a") == ""
