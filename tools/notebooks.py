@@ -93,7 +93,9 @@ def skipped(cell) -> bool:
 def execute(nb, export: bool = True):
     "Run every cell that is not skipped in a fresh kernel, with nbs/ as its folder; the first error stops."
     place = {"metadata": {"path": str(ROOT / "nbs")}}
-    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place)
+    # A check compares no pictures: each is drawn once, and not before it to find the margins that can go.
+    margins = [] if export else ["--InlineBackend.print_figure_kwargs={'bbox_inches': None}"]
+    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources=place, extra_arguments=margins)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or skipped(cell): continue
