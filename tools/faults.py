@@ -281,7 +281,7 @@ def _(place):
     shutil.rmtree(place.run)
     with stop_at("fsync", 3), contextlib.suppress(Killed): place.train()           # in the first checkpoint
     assert not training.checkpoints(place.run) and training.read_log(place.run / "log.jsonl")
-    place.refused("--lr 0.002 (now 0.1)", flags=("--lr", 0.1))
+    place.refused("--lr 0.004 (now 0.1)", flags=("--lr", 0.1))
     place.mended()
 
 @case("another rate before the first step")
