@@ -110,11 +110,11 @@ class Config:
         "torch.compile the model's blocks: slow to start, then faster; needs a C++ compiler")
 
 # %% ../nbs/22_config.ipynb #g012
-_SMALL = dict(model="deco-mini", optimizer="muon", lr=4e-3, ema_decay=(0.99,), t_mean=-0.4)
 _CAPTIONS = dict(text="minilm", text_length=32, flip=False,              # a small language model, no download
                  model_args="patch_size=4,width=128,heads=2,text_depth=1,decoder_width=16")
 PRESETS = {
-    "openmoji": _SMALL | dict(images=57_600, sample_every=9_600, save_every=9_600),
+    "openmoji": dict(model="deco-mini", optimizer="muon", lr=4e-3, ema_decay=(0.99,), t_mean=-0.4,
+                     images=57_600, sample_every=9_600, save_every=9_600),
     "cifar10": dict(data="cifar10", images=128_000),
     "openmoji-text": _CAPTIONS | dict(images=256_000),
     "scenes": _CAPTIONS | dict(data="scenes", images=384_000, warmup=0.025, shift=2.0, sample_shift=2.0),
