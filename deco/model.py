@@ -127,7 +127,7 @@ def build(config: dict) -> DiT:
 # %% ../nbs/05_model.ipynb #c011
 _PAPER = dict(decoder_width=32, decoder_depth=3, decoder_gain=0.0)
 _TOY = _PAPER | dict(decoder_gain=0.5)
-_MINI = dict(decoder_width=16, decoder_depth=3, decoder_gain=0.5)
+_MINI = _TOY | dict(decoder_width=16)
 _TINY = dict(decoder_width=8, decoder_depth=2, decoder_gain=0.5)
 SIZES = {
     "deco-xxl":  dict(patch_size=16, width=1536, depth=16, heads=24, recompute="cheap", **_PAPER,

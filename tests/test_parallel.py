@@ -19,7 +19,7 @@ from deco.core import read_tensors
 from smoke import smoke
 
 STEPS = ["--smoke", "--save-every", "160", "--sample-every", "320", "--warmup", "0", "--decay", "0",
-         "--ema-decay", "0.99", "0.9"]
+         "--ema-decay", "0.99", "0.9", "--optimizer", "adamw"]
 
 
 def forked_ranks(folder: Path) -> None:

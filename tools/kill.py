@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from deco.train import main as train
 
-FLAGS = ["--smoke", "--data", "openmoji", "--sample-every", "320", "--keep", "2"]
+FLAGS = ["--smoke", "--data", "openmoji", "--optimizer", "adamw", "--sample-every", "320", "--keep", "2"]
 
 
 def silent(argv: list[str]) -> None:
