@@ -53,10 +53,18 @@ def _deco_row(args="", freq_weight=1.0, **changed):
     if "decoder_width" not in args: args = f"decoder_width=16,{args}" if args else "decoder_width=16"
     return dict(model="deco-toy", model_args=args, freq_weight=freq_weight) | changed
 
+def _mini_row(depth=None, prediction="x", freq_weight=1.0):
+    "Describe the README's deco-mini or, with `depth`, a plain DiT of its width, and what is changed."
+    if not depth: return dict(model_args=f"prediction={prediction}", freq_weight=freq_weight)
+    args = f"patch_size=4,width=128,heads=2,mlp_ratio=4.125,depth={depth},prediction={prediction}"
+    return dict(model="dit-toy", model_args=args, freq_weight=freq_weight)
+
 REPA = dict(repa="efficientnet-lite0", repa_layer=2)
 NARROW = "width=128,heads=2"                                            # narrower than a patch's 192 numbers
 COARSE = dict(data="openmoji", size=64)                        # patches of 16: 768 numbers, for tokens of 192
-BASE = ["--preset", "cifar10", "--images", "25600", "--sample-every", "2000000000", "--log-every", "5"]
+QUIET = ["--sample-every", "2000000000", "--log-every", "5"]
+BASE = ["--preset", "cifar10", "--images", "25600", *QUIET]
+BASES = dict(pictures=["--preset", "openmoji", *QUIET])                 # of tables that have another
 
 # %% ../nbs/14_ablations.ipynb #a_rows2
 ROWS = {                                                            # what each changes of a training's Config
@@ -78,6 +86,11 @@ ROWS = {                                                            # what each 
     "dit-64": _dit_row("patch_size=16,depth=14", **COARSE),
     "deco-64-nofreq": _deco_row("patch_size=16", 0.0, **COARSE),
     "deco-64": _deco_row("patch_size=16", **COARSE),
+    "mini": _mini_row(), "mini-nofreq": _mini_row(freq_weight=0.0),
+    "mini-velocity": _mini_row(prediction="velocity"),
+    "mini-velocity-nofreq": _mini_row(prediction="velocity", freq_weight=0.0),
+    "mini-dit": _mini_row(7, freq_weight=0.0), "mini-dit-freq": _mini_row(7),
+    "mini-dit-velocity": _mini_row(7, "velocity", 0.0), "mini-dit-velocity-freq": _mini_row(7, "velocity"),
 }
 for lr in (5e-4, 1e-3, 4e-3):
     ROWS |= {f"dit-lr-{lr}": _dit_row(lr=lr), f"deco-lr-{lr}": _deco_row(freq_weight=0.0, lr=lr)}
@@ -90,6 +103,8 @@ TABLES = {                                                              # the ro
              "deco-nofreq", "mse-2", "quality-100", "deco", "early"),
     "narrow": ("dit-128", "deco-128-nofreq", "deco-128"),
     "coarse": ("dit-64", "deco-64-nofreq", "deco-64"),
+    "pictures": ("mini", "mini-dit", "mini-nofreq", "mini-velocity", "mini-dit-velocity",
+                 "mini-velocity-nofreq", "mini-dit-freq", "mini-dit-velocity-freq"),
     "tune": ("dit-lr-0.0005", "dit-lr-0.001", "dit", "dit-lr-0.004",
              "deco-lr-0.0005", "deco-lr-0.001", "deco-nofreq", "deco-lr-0.004"),
 }
@@ -293,9 +308,9 @@ def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness")) -> None:
 def run_table(settings: Ablation, base: Config | None = None) -> list[dict]:
     """Train and measure the rows of a table that are not done, and write TABLE.csv and TABLE.png.
 
-    base: the training that rows are changes of (25,600 images of CIFAR-10). Returns all observations of the
-    table: none, with nothing written, while other processes have all runs in hand. Raises ValueError for
-    settings that make no sense.
+    base: the training that rows are changes of: 25,600 images of CIFAR-10, and for "pictures" the README's.
+    Returns all observations of the table: none, with nothing written, while other processes have all runs in
+    hand. Raises ValueError for settings that make no sense.
     """
     from matplotlib.figure import Figure
     check_settings(settings)
@@ -305,7 +320,7 @@ def run_table(settings: Ablation, base: Config | None = None) -> list[dict]:
     if foreign:
         raise ValueError(f"--rows {' '.join(foreign)}: not in {settings.table}, "
                          f"which has {', '.join(all_names)}")
-    if base is None: base, _ = train_settings(BASE)
+    if base is None: base, _ = train_settings(BASES.get(settings.table, BASE))
     if base.images % (settings.checkpoints * base.batch_size):
         raise ValueError(f"--images {base.images} is no multiple of --checkpoints {settings.checkpoints} "
                          f"x --batch-size {base.batch_size}")
@@ -336,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_settings(Ablation)
     args, rest = parser.parse_known_args(argv)
     settings = Ablation(**vars(args))
-    base, _ = train_settings([*BASE, *rest])
+    base, _ = train_settings([*BASES.get(settings.table, BASE), *rest])
     rows = run_table(settings, base)
     if not rows: return print("nothing is finished yet; another process has the runs in hand")
     path = table_path(settings)
