@@ -71,6 +71,11 @@ class Config:
         "training times are sigmoid(t_mean + t_std normal); below 0: nearer to the noise", FINITE)
     t_std: float = setting(1.0, "loss", "spread of the training times", ABOVE_0)
     shift: float = setting(1.0, "loss", "time shift in training; above 1: nearer to the noise", ABOVE_0)
+    blur: float = setting(0.0, "loss",
+        "EG-FM: the path ends in a picture blurred by so many pixels, which comes into focus (authors: 3.5)",
+        between(0, 512))
+    clamp_target: bool = setting(False, "loss",
+        "for prediction=x: hold 1 - t at 0.05 or above in the target too, as JiT does")
     mse_weight: float = setting(1.0, "loss", "weight of the velocity's error", AT_LEAST_0)
     freq_weight: float = setting(1.0, "loss", "weight of the frequency loss (paper: 1)", AT_LEAST_0)
     freq_quality: int = setting(85, "loss", "JPEG quality whose tables weigh the frequencies", QUALITY)

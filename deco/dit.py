@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.utils.checkpoint import checkpoint
 from .core import traits
+from .successors import blurred_end, low_pass
 
 # %% ../nbs/03_dit.ipynb #c006
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -328,6 +329,8 @@ class DiT(nn.Module):
     recompute: "none", "cheap" or "blocks", what the backward pass computes again to save memory.
     prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v
     is a velocity in both.
+    blur above 0: of EG-FM's path, that of `blurred_end`. low_pass above 0: what the tokens are made of has
+    passed a `low_pass` of this sharpness; the head sees the raw pixels (28_after).
     text_width above 0: y is a prompt's embeddings, of this width, at most text_length of them (16_text).
     text_depth: blocks that refine them. official_text: computed as the authors' code does.
 
@@ -337,7 +340,7 @@ class DiT(nn.Module):
                  num_classes: int = 1000, mlp_ratio: float = 4.0, channels: int = 3,
                  recompute: str | bool = "none", prediction: str = "velocity",
                  text_width: int = 0, text_length: int = 128, text_depth: int = 4,
-                 official_text: bool = False):
+                 official_text: bool = False, blur: float = 0.0, low_pass: float = 0.0):
         super().__init__()
         if width % (4 * heads): raise ValueError(f"width {width} must be a multiple of 4 heads = {4 * heads}")
         if prediction not in ("velocity", "x"):
@@ -352,6 +355,8 @@ class DiT(nn.Module):
         if text_width:
             self.config |= dict(text_width=text_width, text_length=text_length, text_depth=text_depth,
                                 official_text=official_text)
+        if blur: self.config["blur"] = blur
+        if low_pass: self.config["low_pass"] = low_pass
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.head_width = width // heads
@@ -434,7 +439,10 @@ class DiT(nn.Module):
         grid = self.grid(x, y)
         rope = self.rope(grid, x.device)
         pixels = patchify(x, self.patch_size)                                 # (B, N, P*P, C)
-        tokens = self.patch_embed(pixels.flatten(2))                          # (B, N, D)
+        seen = pixels
+        if "low_pass" in self.config:
+            seen = patchify(low_pass(x, t, self.config["low_pass"]), self.patch_size)
+        tokens = self.patch_embed(seen.flatten(2))                            # (B, N, D)
         time = self.time_embed(t)[:, None]                                    # (B, 1, D)
         if self.has_text:
             c = F.silu(time)
@@ -446,6 +454,16 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks, 1):
             tokens = block(tokens, c, rope, *context)
             if i in layers: kept[i] = tokens
-        v = unpatchify(self.head(pixels, tokens, time, c), grid)
-        if self.config["prediction"] == "x": v = (v - x) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
+        v = self.to_velocity(unpatchify(self.head(pixels, tokens, time, c), grid), x, t)
         return (v, [kept[i] for i in layers]) if layers else v
+
+    def to_velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Make a velocity (B, C, H, W) of what the head gives at the point x of time t (B,).
+
+        Of a predicted picture, the velocity that leads to it; the denominator 1 - t is held at 0.05 or above.
+        """
+        if self.config["prediction"] == "velocity": return out
+        left = (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
+        if "blur" not in self.config: return (out - x) / left
+        end, change = blurred_end(out, t, self.config["blur"])
+        return t.view(-1, 1, 1, 1) * change + (end - x) / left

@@ -101,6 +101,7 @@ _ARGUMENTS = dict(                          # what a model's numbers may be, fro
     text_width=whole(0, 2**16), text_length=whole(1, 2**16), text_depth=whole(0, 64),
     official_text=(False, True),
     decoder_width=whole(1, 4096), decoder_depth=whole(1, 256), decoder_gain=FINITE,
+    blur=between(0, 512), low_pass=between(0, 1000),
     decoder_patch=whole(1, 512), field_width=whole(1, 1024), field_depth=whole(1, 256))
 
 def check_arguments(config: dict) -> None:
@@ -182,7 +183,7 @@ def _number(word):
     return word
 
 _ELSEWHERE = dict(num_classes="the data say it", text_width="--text says it",
-                  text_length="--text-length says it")
+                  text_length="--text-length says it", blur="--blur says it")
 
 def model_args(text: str) -> dict:
     "Read 'depth=3,prediction=x' as arguments of `create`. Raises ValueError for what is no name=value."

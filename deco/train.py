@@ -45,6 +45,7 @@ from .muon import for_muon, Muon
 from .official import load_official
 from .plan import cost, flops_per_image
 from .repa import load_encoder, Projector, repa_loss
+from .successors import blurred_end
 from .text import TextEncoder
 
 # %% ../nbs/07_train.ipynb #t016
@@ -89,6 +90,16 @@ def noise_times_coins(cfg: Config, first: int, shape: tuple[int, ...],
             for _ in pool.map(draw, range(shape[0])): pass               # raises what a thread raised
     return noise, logit_normal(normal, cfg.t_mean, cfg.t_std, cfg.shift), coins
 
+# %% ../nbs/07_train.ipynb #t019b
+def _path(x, noise, t, cfg):
+    "Give the points of a run's path at times t (B,), and the velocities to be learned there, (B, C, H, W)."
+    time = t.view(-1, 1, 1, 1)
+    end, change = blurred_end(x, t, cfg.blur) if cfg.blur else (x, None)
+    target = velocity(end, noise)
+    if cfg.clamp_target: target = target * (1 - time) / (1 - time).clamp(min=0.05)
+    if cfg.blur: target = target + time * change
+    return interpolate(end, noise, t), target
+
 # %% ../nbs/07_train.ipynb #t021
 def losses(objective: Callable, pixels: Tensor, y: Tensor, draws: tuple[Tensor, Tensor, Tensor], cfg: Config,
            null: int | Tensor, teacher: Callable | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -105,10 +116,10 @@ def losses(objective: Callable, pixels: Tensor, y: Tensor, draws: tuple[Tensor, 
     dropped = (coins < cfg.label_drop).view(-1, *[1] * (y.ndim - 1))     # (B, 1, ...)
     y = torch.where(dropped, null, y)
     x = to_float(pixels)
+    x_t, target = _path(x, noise, t, cfg)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        v, projected = objective(interpolate(x, noise, t), t, y)
+        v, projected = objective(x_t, t, y)
         features = teacher(pixels) if teacher else None
-    target = velocity(x, noise)
 
     parts = dict(mse=flow_loss(v, target))
     if cfg.freq_weight: parts["freq"] = frequency_loss(v, target, cfg.freq_quality)
@@ -206,7 +217,11 @@ def make_model(cfg: Config, num_classes: int, text_encoder: TextEncoder | None) 
     if cfg.recompute != "auto": changes["recompute"] = cfg.recompute
     if text_encoder: changes |= dict(text_width=text_encoder.features, text_length=cfg.text_length)
     else: changes["num_classes"] = num_classes
+    if cfg.blur: changes["blur"] = cfg.blur
     model = create(cfg.model, **changes)
+    if cfg.clamp_target and model.config["prediction"] != "x":
+        raise ValueError("--clamp-target is for a model that predicts the picture: "
+                         "--model-args prediction=x, or leave it out")
     model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), model.blank(1))     # does the size fit?
     if cfg.init: start_from(cfg.init, model)
     return model

@@ -14,16 +14,18 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(p for p in (ROOT / "deco").glob("*.py") if not p.stem.startswith("_"))
 FLOORS = (                                  # a module imports modules of lower floors alone
     ("core",),
-    ("data", "tables", "dct", "flow", "dit", "muon"),
-    ("files", "shapes", "decoder", "metrics", "spectra"),
-    ("captions", "model"),
+    ("data", "tables", "dct", "flow", "muon"),
+    ("files", "shapes", "metrics", "spectra", "successors"),
+    ("captions", "dit"),
+    ("decoder",),
+    ("model",),
     ("datasets", "official", "hub", "text", "config", "repa"),
     ("plan", "sample"),
     ("train", "evaluate", "geneval", "scenes", "demo"),
     ("ablate",),
 )
 EXCEPTION = ("model", "hub")                # a model publishes itself: it imports deco.hub when asked to
-BUDGET = 66_500                             # raise it by what a new capability needs, and say so
+BUDGET = 68_000                             # raise it by what a new capability needs, and say so
 
 
 def written(path: Path) -> str:

@@ -97,7 +97,8 @@ BAD = [(flags, flags.split()[0]) for flags in BAD] + [
     ("--size 20", "patch_size 8"), ("--preset nonsense", "nonsense"), ("--model deco-xxxl", "deco-toy"),
     ("--batchsize 9", "did you mean --batch-size?"), ("--init /no/such/run", "/no/such/run"),
     ("--repa efficientnet-lite0 --repa-layer 9", "--repa-layer"),
-    ("--data /no/such/folder", "/no/such/folder")]
+    ("--blur -1", "--blur"), ("--model-args blur=3", "--blur"), ("--clamp-target", "prediction=x"),
+    ("--model-args low_pass=-1", "low_pass"), ("--data /no/such/folder", "/no/such/folder")]
 
 @pytest.mark.parametrize("flags, named", BAD)
 def test_bad_flags(flags, named, photos, tmp_path):
