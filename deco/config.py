@@ -85,6 +85,11 @@ class Config:
         "file of the encoder's weights (default: its package's or its own download)")
     repa_layer: int = setting(8, "loss", "block whose tokens are aligned (paper: 8)", AT_LEAST_1)
     repa_weight: float = setting(0.5, "loss", "weight of the alignment (authors' code: 0.5)", AT_LEAST_0)
+    repa_projector: str = setting("mlp", "loss",
+        "what maps tokens to features: the paper's MLP, or iREPA's 3x3 convolution", ("mlp", "conv"))
+    repa_norm: float = setting(0.0, "loss",
+        "iREPA: share of a picture's mean that is taken off its features, which are then scaled by their "
+        "spread (authors: 0.6, 0.8 or 1); 0: features as they are", SHARE)
 
     # the sample grids
     guidance: float = setting(3.0, "pictures", "guidance of the sample grids", FINITE)

@@ -45,7 +45,7 @@ from .muon import for_muon, Muon
 from .official import load_official
 from .plan import cost, flops_per_image
 from .repa import load_encoder, Projector, repa_loss
-from .successors import blurred_end
+from .successors import blurred_end, ConvProjector, spatial_norm
 from .text import TextEncoder
 
 # %% ../nbs/07_train.ipynb #t016
@@ -55,7 +55,7 @@ class Objective(nn.Module):
     v, projected = objective(x, t, y), where projected are the tokens after block `layer` (from 1) as the
     projector maps them, or None without one.
     """
-    def __init__(self, model: DiT, projector: Projector | None = None, layer: int = 0):
+    def __init__(self, model: DiT, projector: nn.Module | None = None, layer: int = 0):
         super().__init__()
         self.model = model
         self.projector = projector
@@ -227,15 +227,19 @@ def make_model(cfg: Config, num_classes: int, text_encoder: TextEncoder | None) 
     return model
 
 # %% ../nbs/07_train.ipynb #make4
-def make_teacher(cfg: Config, model: DiT, device: str) -> tuple[Callable | None, Projector | None]:
+def make_teacher(cfg: Config, model: DiT, device: str) -> tuple[Callable | None, nn.Module | None]:
     "Load REPA's encoder, as a function of pixels, and make a projector; without REPA, None and None."
     if cfg.repa == "none": return None, None
     if cfg.repa_layer > len(model.blocks):
         raise ValueError(f"--repa-layer {cfg.repa_layer}: {cfg.model} has {len(model.blocks)} blocks")
     encoder = load_encoder(cfg.repa, cfg.repa_path or None, device)
     side = cfg.size // model.patch_size
-    def teacher(pixels): return encoder(pixels, (side, side))
-    return teacher, Projector(model.config["width"], encoder.features)
+    def teacher(pixels):
+        features = encoder(pixels, (side, side))
+        return spatial_norm(features, cfg.repa_norm) if cfg.repa_norm else features
+    width = model.config["width"]
+    if cfg.repa_projector == "conv": return teacher, ConvProjector(width, encoder.features, (side, side))
+    return teacher, Projector(width, encoder.features)
 
 # %% ../nbs/07_train.ipynb #make7
 def make_optimizers(weights: dict[str, Tensor], cfg: Config) -> list[torch.optim.Optimizer]:
