@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 from torch.utils.checkpoint import checkpoint
-from .core import traits
-from .successors import blurred_end, low_pass
+from .core import constant, traits
+from .successors import blurred_end, low_pass, patch_axes
 
 # %% ../nbs/03_dit.ipynb #c006
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -327,8 +327,9 @@ class DiT(nn.Module):
     patch_size, width, depth, heads, mlp_ratio, channels: the shape.
     num_classes: how many labels there are; the label num_classes stands for "no label".
     recompute: "none", "cheap" or "blocks", what the backward pass computes again to save memory.
-    prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x". v
-    is a velocity in both.
+    prediction: what the head estimates, the "velocity" or, as in JiT (arXiv 2511.13720), the picture "x"; or
+    "asym", in `asym_rank` directions of a patch (`patch_axes`) the velocity, in all others the picture, as in
+    AsymFlow. v is a velocity in all of them.
     blur above 0: of EG-FM's path, that of `blurred_end`. low_pass above 0: what the tokens are made of has
     passed a `low_pass` of this sharpness; the head sees the raw pixels (28_after).
     text_width above 0: y is a prompt's embeddings, of this width, at most text_length of them (16_text).
@@ -340,11 +341,13 @@ class DiT(nn.Module):
                  num_classes: int = 1000, mlp_ratio: float = 4.0, channels: int = 3,
                  recompute: str | bool = "none", prediction: str = "velocity",
                  text_width: int = 0, text_length: int = 128, text_depth: int = 4,
-                 official_text: bool = False, blur: float = 0.0, low_pass: float = 0.0):
+                 official_text: bool = False, blur: float = 0.0, low_pass: float = 0.0,
+                 asym_rank: int = 8):
         super().__init__()
         if width % (4 * heads): raise ValueError(f"width {width} must be a multiple of 4 heads = {4 * heads}")
-        if prediction not in ("velocity", "x"):
-            raise ValueError(f"prediction must be velocity or x, not {prediction!r}")
+        if prediction not in ("velocity", "x", "asym"):
+            raise ValueError(f"prediction must be velocity, x or asym, not {prediction!r}")
+        if prediction == "asym" and blur: raise ValueError("blur is for a prediction of velocity or x")
         if isinstance(recompute, bool): recompute = "cheap" if recompute else "none"  # older configurations
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}")
@@ -357,6 +360,7 @@ class DiT(nn.Module):
                                 official_text=official_text)
         if blur: self.config["blur"] = blur
         if low_pass: self.config["low_pass"] = low_pass
+        if prediction == "asym": self.config["asym_rank"] = asym_rank
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.head_width = width // heads
@@ -457,6 +461,14 @@ class DiT(nn.Module):
         v = self.to_velocity(unpatchify(self.head(pixels, tokens, time, c), grid), x, t)
         return (v, [kept[i] for i in layers]) if layers else v
 
+    def _along_axes(self, x):
+        "Project each patch of images (B, C, H, W) on the directions in which a velocity is predicted."
+        P = self.patch_size
+        axes = constant(patch_axes, self.config["asym_rank"], P, x.shape[1], device=x.device)
+        patches = patchify(x.float(), P)                                      # (B, N, P*P, C)
+        inside = (patches.flatten(2) @ axes.T @ axes).view_as(patches)
+        return unpatchify(inside, (x.shape[-2] // P, x.shape[-1] // P))
+
     def to_velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Make a velocity (B, C, H, W) of what the head gives at the point x of time t (B,).
 
@@ -464,6 +476,9 @@ class DiT(nn.Module):
         """
         if self.config["prediction"] == "velocity": return out
         left = (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
+        if self.config["prediction"] == "asym":
+            inside = self._along_axes(out)
+            return inside + (out - inside - x + self._along_axes(x)) / left
         if "blur" not in self.config: return (out - x) / left
         end, change = blurred_end(out, t, self.config["blur"])
         return t.view(-1, 1, 1, 1) * change + (end - x) / left

@@ -101,7 +101,7 @@ _ARGUMENTS = dict(                          # what a model's numbers may be, fro
     text_width=whole(0, 2**16), text_length=whole(1, 2**16), text_depth=whole(0, 64),
     official_text=(False, True),
     decoder_width=whole(1, 4096), decoder_depth=whole(1, 256), decoder_gain=FINITE,
-    blur=between(0, 512), low_pass=between(0, 1000),
+    blur=between(0, 512), low_pass=between(0, 1000), asym_rank=whole(0, 3 * 512**2),
     decoder_patch=whole(1, 512), field_width=whole(1, 1024), field_depth=whole(1, 256))
 
 def check_arguments(config: dict) -> None:
@@ -113,6 +113,8 @@ def check_arguments(config: dict) -> None:
     ignored = [name for name in ("text_length", "text_depth", "official_text") if config.get(name)]
     if ignored and not config.get("text_width"):
         raise ValueError(f"{ignored[0]} is for a model of captions (--text)")
+    if "asym_rank" in config and config.get("prediction") != "asym":
+        raise ValueError("asym_rank is for prediction=asym")
 
 def build(config: dict) -> DiT:
     """Make a configuration's model, with random weights.

@@ -98,7 +98,9 @@ BAD = [(flags, flags.split()[0]) for flags in BAD] + [
     ("--batchsize 9", "did you mean --batch-size?"), ("--init /no/such/run", "/no/such/run"),
     ("--repa efficientnet-lite0 --repa-layer 9", "--repa-layer"),
     ("--blur -1", "--blur"), ("--model-args blur=3", "--blur"), ("--clamp-target", "prediction=x"),
-    ("--model-args low_pass=-1", "low_pass"), ("--data /no/such/folder", "/no/such/folder")]
+    ("--model-args low_pass=-1", "low_pass"), ("--model-args asym_rank=4", "prediction=asym"),
+    ("--blur 3 --model-args prediction=asym", "blur"), ("--repa-norm 2", "--repa-norm"),
+    ("--data /no/such/folder", "/no/such/folder")]
 
 @pytest.mark.parametrize("flags, named", BAD)
 def test_bad_flags(flags, named, photos, tmp_path):
