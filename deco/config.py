@@ -150,6 +150,11 @@ for _name, _row in _IMAGENET.items():
     PRESETS[_name] = _PAPER | dict(zip(_IMAGENET_COLUMNS, _row))
 PRESETS["deco-xl-512"] |= dict(init="runs/deco-xl-256", guidance=5.0)
 
+# EG-FM on DeCo (arXiv 2608.05811): FID 1.63 after 440 epochs, of which 280 at a tenth of the rate
+_EGFM = PRESETS["deco-xl-256"] | dict(blur=3.5, images=160 * _EPOCH)
+_EGFM_LATE = _EGFM | dict(images=280 * _EPOCH, lr=1e-5, init="runs/deco-xl-256-egfm")
+PRESETS |= {"deco-xl-256-egfm": _EGFM, "deco-xl-256-egfm-late": _EGFM_LATE}
+
 # %% ../nbs/22_config.ipynb #g014
 _TEXT_TO_IMAGE = _PAPER | dict(data="data/blip3o", text="Qwen/Qwen3-1.7B", text_length=128, model="deco-xxl",
                                beta2=0.95, grad_clip=1.0, label_drop=0.1, repa_layer=6, guidance=4.0,
