@@ -90,6 +90,14 @@ class Config:
     repa_norm: float = setting(0.0, "loss",
         "iREPA: share of a picture's mean that is taken off its features, which are then scaled by their "
         "spread (authors: 0.6, 0.8 or 1); 0: features as they are", SHARE)
+    perceptual: str = setting("none", "loss",
+        "network whose features the predicted picture must share with the real one, as in PixelGen",
+        ("none", "dinov2-b", "efficientnet-lite0"))
+    perceptual_path: str = setting("", "loss",
+        "file of its weights (default: its package's or its own download)")
+    perceptual_weight: float = setting(0.01, "loss", "weight of that loss (authors: 0.01)", AT_LEAST_0)
+    perceptual_from: float = setting(0.3, "loss",
+        "time from which on it counts: before, a prediction is a blur (authors: 0.3)", SHARE)
 
     # the sample grids
     guidance: float = setting(3.0, "pictures", "guidance of the sample grids", FINITE)

@@ -106,17 +106,16 @@ def timed(seconds: dict, part: str) -> Iterator[None]:
 
 # %% ../nbs/10_evaluate.ipynb #d9cf2e44
 def cautions(result: dict, settings: dict, labels: list[int] | None, real_labels: Tensor | None,
-             repa: str | None = None) -> list[str]:
+             learned_from: tuple[str, ...] = ()) -> list[str]:
     """List what a reader should be warned of.
 
-    That is: the notes of `deco.metrics.compare`; an extractor that is `repa`, the encoder of the training;
-    unknown settings; labels (N,) in other shares than the real ones (M,), unless they were drawn in these.
+    That is: the notes of `deco.metrics.compare`; an extractor that the training has learned from; unknown
+    settings; labels (N,) in other shares than the real ones (M,), unless they were drawn in these.
     """
     notes = list(result["notes"])
     name = result["extractor"].split()[0]
-    if name == repa:
-        notes.append(f"the model was trained on {name}'s features (REPA), which must not judge it: "
-                     "take another")
+    if name in learned_from:
+        notes.append(f"the model was trained on {name}'s features, which must not judge it: take another")
     if name == "inception" and result["n"] < 50_000:
         notes.append(f"papers give FID-50k, this is FID-{result['n']}: it falls with N")
     if "seed" not in settings:
@@ -320,12 +319,13 @@ def evaluate(cfg: Evaluation) -> dict | None:
     # The report.
     result = measure(cfg, images, names, reference, seconds)
     real = reference.statistics
-    repa = (info.get("train") or {}).get("repa")
+    trained = info.get("train") or {}
+    learned_from = trained.get("repa"), trained.get("perceptual")
     report = dict(
         metrics={k: result[k] for k in METRICS}, n=result["n"], extractor=result["extractor"],
         reference=dict(name=reference.name, n=real["count"], fingerprint=real.get("fingerprint")),
         settings=settings | dict(num=result["n"]),
-        notes=cautions(result, settings, labels, reference.labels, repa),
+        notes=cautions(result, settings, labels, reference.labels, learned_from),
         command=command_line("evaluate", cfg), drawn_now=drawn_now, seconds=seconds,
         peak_memory_mb=memory_mb("cpu"), spectra=result["spectra"],
         versions=dict(deco=__version__, torch=torch.__version__, device=reference.extractor.device,

@@ -59,7 +59,11 @@ class Encoder:
         B, _, H, W = shape
         h, w = grid
         if H * w != W * h: raise ValueError(f"{h} x {w} tokens do not fit images of {H} x {W} pixels")
+        return self.look(pixels, grid)
 
+    def look(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        "Do the same for pixels of any kind of number, from 0 to 255, with their gradient (28_after)."
+        B, (h, w) = len(pixels), grid
         out = self.net(pixels.to(self.device), grid).float()
         if out.ndim == 4:
             if out.shape[-2:] != grid: out = F.interpolate(out, grid, mode="bilinear", antialias=True)

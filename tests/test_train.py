@@ -99,7 +99,8 @@ BAD = [(flags, flags.split()[0]) for flags in BAD] + [
     ("--repa efficientnet-lite0 --repa-layer 9", "--repa-layer"),
     ("--blur -1", "--blur"), ("--model-args blur=3", "--blur"), ("--clamp-target", "prediction=x"),
     ("--model-args low_pass=-1", "low_pass"), ("--model-args asym_rank=4", "prediction=asym"),
-    ("--blur 3 --model-args prediction=asym", "blur"), ("--repa-norm 2", "--repa-norm"),
+    ("--blur 3 --model-args prediction=asym", "blur"),
+    ("--blur 3 --perceptual efficientnet-lite0", "--blur"), ("--repa-norm 2", "--repa-norm"),
     ("--data /no/such/folder", "/no/such/folder")]
 
 @pytest.mark.parametrize("flags, named", BAD)
