@@ -1,4 +1,5 @@
 "The plan of a run beside what torch counts: parameters, FLOPs, activations, shards, collectives; complaints."
+import re
 from dataclasses import replace
 from unittest.mock import patch
 import pytest
@@ -79,6 +80,17 @@ def test_flops_of_every_ablation(row):
 def test_flops_of_every_preset(preset):
     cfg, _ = parse(["--preset", preset])
     assert_counts_as_torch(config_of(cfg), cfg.size)
+
+
+def test_every_frozen_network_is_counted():
+    "86.6 million float32 parameters for each use of DINOv2-B."
+    def gigabytes(*flags):
+        bill = planning.cost(parse(["--preset", "deco-xl-256", *flags])[0])
+        found = re.search(r"encoder ([\d.]+) GB", bill)
+        return float(found[1]) if found else 0.0
+    assert gigabytes("--repa", "none") == 0
+    assert gigabytes("--repa", "none", "--perceptual", "dinov2-b") == gigabytes() == 0.35
+    assert gigabytes("--perceptual", "dinov2-b") == 0.69
 
 
 def test_heads_say_what_they_are():
