@@ -125,7 +125,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 class Ablation:
     "Every setting of a table of ablations beside those of the trainings, with its default."
     table: str = setting(MISSING, "", "which rows: the paper's Table 1 or 4, what it leaves open, "
-                         "or the learning rate", tuple(TABLES), positional=True)
+                         "tokens narrower or patches coarser, the learning rate, or the README's recipe and "
+                         "length (pictures)", tuple(TABLES), positional=True)
     rows: tuple[str, ...] | None = setting(None, "", "only these rows (default: all of the table)",
                                            nargs="+", choices=ROWS, metavar="ROW")
     seeds: tuple[int, ...] = setting((0, 1, 2), "", "how many seeds of each row, 0, 1, ...; or which, as in "
