@@ -4,6 +4,7 @@
     python tools/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
     python tools/notebooks.py readme [--check]                README.md from nbs/index.ipynb
 
+A run of index.ipynb writes README.md too, and a check of it compares it.
 `--jobs 2` runs two notebooks at once, each with its share of the cores; `--also COMMAND` takes its turn
 before them. Cells with `#| eval: false` or a flag of `tst_flags` in settings.ini (`slow`, `gpu`) are left as
 they are, as `nbdev_test` leaves them. `check` leaves out the export too: it would write a module while
@@ -262,6 +263,7 @@ def main():
         print(f"{report.name}: {report.seconds:.0f} s{problems}", flush=True)
     if failed:
         sys.exit("saved outputs are not what a run gives: `python tools/notebooks.py run`, then look at them")
+    if "index.ipynb" in [path.name for path in paths]: readme(check=args.command == "check")
 
 
 if __name__ == "__main__":
