@@ -52,7 +52,7 @@ def as_rank(index: int, port: int, f: Callable, args: tuple) -> None:
 def in_two_processes(f: Callable, *args) -> None:
     """Call f(*args) in two processes, as torchrun does; they are forked off this one, where the system forks.
 
-    So torch is imported already. What torchrun itself adds is tried in 90_core and tests/test_parallel.py.
+    So torch is imported already. What torchrun itself adds is tried in 47_core and tests/test_parallel.py.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from deco import config, core, evaluate, sample, train
 
-CLASSIFIER = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
+CLASSIFIER = Path(__file__).parent.parent / "nbs/results/metrics_classifier/model.safetensors"
 
 
 def smoke(preset: str, folder: Path, data: str, parallel: str) -> None:

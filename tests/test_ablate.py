@@ -18,7 +18,7 @@ from deco.config import parse as train_settings
 from deco.core import claim
 from deco.train import noise_times_coins, Run, update
 
-WEIGHTS = Path(__file__).parent.parent / "nbs/results/09_classifier/model.safetensors"
+WEIGHTS = Path(__file__).parent.parent / "nbs/results/metrics_classifier/model.safetensors"
 CLASSIFIER = ["--extractor", "classifier", "--extractor-weights", WEIGHTS]
 
 

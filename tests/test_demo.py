@@ -97,7 +97,7 @@ def test_draws_and_hears_the_seed(page):
     spectrum = page.locator("[data-testid='matplotlib'] img")
     assert spectrum.evaluate("i => i.naturalWidth") > 300
     picture = Path(os.environ.get("DECO_SCREENSHOT", "/nowhere")).with_suffix(".png")
-    if picture.parent.is_dir():                                                # for 20_demo: nbs/images/demo
+    if picture.parent.is_dir():                                                # for 46_demo: nbs/images/demo
         page.screenshot(path=str(picture))
 
 

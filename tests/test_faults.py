@@ -178,7 +178,7 @@ def test_elsewhere(base, tmp_path):
     faults.shutil.copytree(base / "photos", data)
     (data / "blue").rename(data / "猫")
     (data / "red").rename(data / "ключ")
-    weights = ROOT / "nbs/results/09_classifier/model.safetensors"
+    weights = ROOT / "nbs/results/metrics_classifier/model.safetensors"
     env = os.environ | dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", WINDOWS, data, tmp_path / "out", weights], env=env,
                           capture_output=True)

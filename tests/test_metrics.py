@@ -1,4 +1,4 @@
-"Metrics as users meet them: bad input, files, streams, merging. Other codes' values: nbs/09_metrics.ipynb."
+"Metrics as users meet them: bad input, files, streams, merging. Other codes' values: nbs/20_metrics.ipynb."
 import hashlib
 import json
 import sys

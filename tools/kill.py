@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments, start it again, and compare its end with an undisturbed run's.
 
     python tools/kill.py --kills 20                                    minutes on two cores
-    python tools/kill.py --kills 20 --out nbs/results/07_kill.json     and keep the result
+    python tools/kill.py --kills 20 --out nbs/results/train_kill.json     and keep the result
 
 A run is tiny and saves every second step. Every other kill waits until it has begun to write a checkpoint.
 Compared are all tensors, bit for bit, and the logs without their speeds; the undisturbed run saves at its end

@@ -1,7 +1,7 @@
 """Run the notebooks in place, check that their saved outputs are fresh, render the README.
 
-    python tools/notebooks.py run [nbs/01_dct.ipynb ...]      execute, save outputs, clean
-    python tools/notebooks.py check [nbs/01_dct.ipynb ...]    execute a copy and compare with what is saved
+    python tools/notebooks.py run [nbs/02_dct.ipynb ...]      execute, save outputs, clean
+    python tools/notebooks.py check [nbs/02_dct.ipynb ...]    execute a copy and compare with what is saved
     python tools/notebooks.py readme [--check]                README.md from nbs/index.ipynb
 
 A run of index.ipynb writes README.md too, and a check of it compares it.
