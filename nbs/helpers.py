@@ -15,6 +15,29 @@ def style(**changed) -> None:
     plt.rcParams.update(STYLE | {name.replace("__", "."): value for name, value in changed.items()})
 
 
+def chart(boxes: dict[str, tuple], arrows: list[tuple], title: str) -> None:
+    "Draw boxes {name: (x, y, text)}, with x and y from 0 to 1, and arrows (from, to, what passes)."
+    fig, ax = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    ax.set(xlim=(-0.02, 1.02), ylim=(0, 1.2), title=title)
+    ax.axis("off")
+    drawn = {name: ax.text(x, y, text, ha="center", va="center", fontsize=9,
+                           bbox=dict(boxstyle="round,pad=0.6", facecolor="0.95", edgecolor="0.4"))
+             for name, (x, y, text) in boxes.items()}
+    for start, end, text in arrows:
+        (x0, y0, _), (x1, y1, _) = boxes[start], boxes[end]
+        ax.annotate("", (x1, y1), (x0, y0), zorder=0,
+                    arrowprops=dict(arrowstyle="-|>", patchA=drawn[start].get_bbox_patch(),
+                                    patchB=drawn[end].get_bbox_patch(), color="0.4"))
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2, text, ha="center", va="center", fontsize=7, color="C0",
+                bbox=dict(facecolor="white", edgecolor="none", pad=1))
+    plt.show()
+
+
+def verdict(right: bool) -> None:
+    "Say whether the answer to an exercise is right."
+    print("right" if right else "not yet")
+
+
 def complaint(f, *args, **kwargs) -> str:
     "Call f and give the kind and text of the error that it raises. AssertionError where it raises none."
     expected = (ValueError, OSError, ImportError, FloatingPointError, SystemExit)
