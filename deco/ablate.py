@@ -53,6 +53,12 @@ def _deco_row(args="", freq_weight=1.0, **changed):
     if "decoder_width" not in args: args = f"decoder_width=16,{args}" if args else "decoder_width=16"
     return dict(model="deco-toy", model_args=args, freq_weight=freq_weight) | changed
 
+def _patch8_row(depth, prediction="x", model="deco-toy"):
+    "Describe a model of patches of 8 and tokens of 192, trained as the README's run is, no frequency loss."
+    args = f"patch_size=8,width=192,heads=3,mlp_ratio=4.0,depth={depth},prediction={prediction}"
+    if model == "deco-toy": args += ",decoder_width=16"
+    return dict(model=model, model_args=args, freq_weight=0.0)
+
 def _mini_row(depth=None, prediction="x", freq_weight=1.0):
     "Describe the README's deco-mini or, with `depth`, a plain DiT of its width, and what is changed."
     if not depth: return dict(model_args=f"prediction={prediction}", freq_weight=freq_weight)
@@ -91,6 +97,9 @@ ROWS = {                                                            # what each 
     "mini-velocity-nofreq": _mini_row(prediction="velocity", freq_weight=0.0),
     "mini-dit": _mini_row(7, freq_weight=0.0), "mini-dit-freq": _mini_row(7),
     "mini-dit-velocity": _mini_row(7, "velocity", 0.0), "mini-dit-velocity-freq": _mini_row(7, "velocity"),
+    "patch8": _patch8_row(6), "patch8-dit": _patch8_row(7, model="dit-toy"),
+    "patch8-velocity": _patch8_row(6, "velocity"),
+    "patch8-dit-velocity": _patch8_row(7, "velocity", "dit-toy"),
 }
 for lr in (5e-4, 1e-3, 4e-3):
     ROWS |= {f"dit-lr-{lr}": _dit_row(lr=lr), f"deco-lr-{lr}": _deco_row(freq_weight=0.0, lr=lr)}
@@ -104,7 +113,8 @@ TABLES = {                                                              # the ro
     "narrow": ("dit-128", "deco-128-nofreq", "deco-128"),
     "coarse": ("dit-64", "deco-64-nofreq", "deco-64"),
     "pictures": ("mini", "mini-dit", "mini-nofreq", "mini-velocity", "mini-dit-velocity",
-                 "mini-velocity-nofreq", "mini-dit-freq", "mini-dit-velocity-freq"),
+                 "mini-velocity-nofreq", "mini-dit-freq", "mini-dit-velocity-freq",
+                 "patch8", "patch8-dit", "patch8-velocity", "patch8-dit-velocity"),
     "tune": ("dit-lr-0.0005", "dit-lr-0.001", "dit", "dit-lr-0.004",
              "deco-lr-0.0005", "deco-lr-0.001", "deco-nofreq", "deco-lr-0.004"),
 }

@@ -41,3 +41,14 @@ def test_the_road():
     for page, after in zip(pages, [*pages[1:], "index"]):
         assert re.findall(r"\*\*Next:\*\* .*?\]\((\w+)\.ipynb\)", prose[page]) == [after], page
     assert re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\)", prose["index"], re.M) == pages
+
+
+def test_glossary():
+    "Each term of the glossary stands on the page that it sends one to."
+    pages = {path.stem: path.read_text("utf-8").lower() for path in NOTEBOOKS}
+    table = nbformat.read(ROOT / "nbs/glossary.ipynb", 4).cells[1].source
+    rows = re.findall(r"^\| (.+?) \| .+ \| (\[.+?) \|$", table, re.M)
+    assert len(rows) > 40
+    for term, links in rows:
+        for page in re.findall(r"\((\w+)\.ipynb\)", links):
+            assert any(word.lower() in pages[page] for word in term.split(", ")), (term, page)
