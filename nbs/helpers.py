@@ -6,6 +6,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import torch
 import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
 
 STYLE = {"figure.dpi": 90, "font.size": 9, "axes.titlesize": 10}
 
@@ -44,6 +45,13 @@ def complaint(f, *args, **kwargs) -> str:
     try: f(*args, **kwargs)
     except expected as e: return f"{type(e).__name__}: {e}"
     raise AssertionError("no complaint")
+
+
+def kept_memory(f: Callable) -> int:
+    "Count the bytes that autograd keeps for the backward pass of f(): they are freed with its result."
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        result = f()                                               # noqa: F841 (kept alive)
+    return sum(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 def forked(f: Callable):
