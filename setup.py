@@ -7,7 +7,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("eval", "repa", "text", "demo")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("eval", "repa", "text", "demo", "docs")}
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
