@@ -32,7 +32,7 @@ class Page(HTMLParser):
 def pages(tmp_path_factory):
     out = tmp_path_factory.mktemp("book") / "site"
     command = [sys.executable, str(ROOT / "tools/book.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return {path.relative_to(out).as_posix(): Page(path) for path in out.rglob("*.html")}, out
 
