@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from .core import traits
-from .dit import linear_flops, modulate, recomputed, RMSNorm
+from .dit import linear_flops, modulate, RMSNorm
+from .fused import recomputed
 
 # %% ../nbs/05_decoder.ipynb #c008
 def pixel_positions(patch_size: int, freqs: int = 8) -> Tensor:

@@ -10,6 +10,7 @@ import timm
 import torch
 import deco.decoder
 import deco.dit
+import deco.fused
 import gpu
 from conftest import run
 from deco import train as training
@@ -73,11 +74,11 @@ def fail(error):
     return f
 
 
-def turn_back(x, cos, sin, rotated=deco.dit._rotated): return rotated(x, cos, -sin)
+def turn_back(x, cos, sin, rotated=deco.fused._rotated): return rotated(x, cos, -sin)
 
 
 MEMORY = torch.OutOfMemoryError("out of memory: 80 GiB")
-FAULTS = {"golden": (deco.dit, "_rotated", turn_back, "velocity of c2i"),                      # a wrong sign
+FAULTS = {"golden": (deco.fused, "_rotated", turn_back, "velocity of c2i"),                      # a wrong sign
           "losses": (deco.decoder, "modulate", lambda x, shift, scale: x * math.nan, "nan"),
           "step": (torch.nn.functional, "scaled_dot_product_attention",
                    fail(NotImplementedError("no such kernel")), "no such kernel"),

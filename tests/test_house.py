@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted(p for p in (ROOT / "deco").glob("*.py") if not p.stem.startswith("_"))
 FLOORS = (                                  # a module imports modules of lower floors alone
     ("core",),
-    ("data", "tables", "dct", "flow", "muon"),
+    ("data", "tables", "dct", "flow", "muon", "fused"),
     ("files", "shapes", "metrics", "spectra", "successors"),
     ("captions", "dit"),
     ("decoder",),
