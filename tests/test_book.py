@@ -5,6 +5,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+import nbformat
 import pytest
 
 pytest.importorskip("mkdocstrings", reason="needs pip install -e '.[docs]'")
@@ -60,6 +61,18 @@ def test_links(pages):
             elif parts.fragment and key in pages and unquote(parts.fragment) not in pages[key].anchors:
                 lost.append((name, link))
     assert not lost, lost[:20]
+
+
+def test_colab(pages):
+    "A page's button opens its notebook on the branch that the site's folder colab becomes, with all its cells."
+    pages, out = pages
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        button = f"https://colab.research.google.com/github/deco-diffusion/deco/blob/colab/{path.name}"
+        assert pages[f"{path.stem}.html"].links.count(button) == 1
+        cells = [cell.source for cell in nbformat.read(out / "colab" / path.name, 4).cells]
+        first = cells.pop(1)
+        assert "git clone" in first and "%pip install" in first
+        assert cells == [cell.source for cell in nbformat.read(path, 4).cells]
 
 
 def test_nothing_is_fetched(pages):

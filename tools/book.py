@@ -4,6 +4,7 @@
 
 Each notebook becomes a page, each module of `deco` one of its API. Formulas are MathML, which browsers draw
 themselves. Nothing that a page needs lies elsewhere: no script, font or picture is fetched from a network.
+OUT/colab has the notebooks as Colab opens them, from a branch of that name: with a cell that fetches the rest.
 """
 import argparse
 import base64
@@ -20,7 +21,14 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-REPOSITORY = "deco-diffusion/deco/blob/main"
+NAME = "deco-diffusion/deco"
+REPOSITORY = f"{NAME}/blob/main"
+COLAB = f"""# A machine of Colab has neither the package nor the files beside this notebook: fetch both
+!git clone -q --depth 1 https://github.com/{NAME}
+%pip install -q -e ./deco
+%cd deco/nbs
+import sys
+sys.path[:0] = ["/content/deco", "/content/deco/nbs"]"""
 STYLE = ".md-grid { max-width: 80rem }\n"                       # so that a line of code fits
 
 
@@ -95,9 +103,16 @@ def page(path: Path, figures: Path) -> str:
         outputs = [shown(o, f"{path.stem}-{number}-{i}.png", figures) for i, o in enumerate(cell.outputs)]
         parts += filter(None, outputs)
     if path.stem[:2].isdigit():
-        colab = f"https://colab.research.google.com/github/{REPOSITORY}/nbs/{path.name}"
+        colab = f"https://colab.research.google.com/github/{NAME}/blob/colab/{path.name}"
         parts.insert(1, f"[Open in Colab]({colab}){{ .md-button }}")
     return "\n\n".join(parts) + "\n"
+
+
+def for_colab(path: Path) -> str:
+    "A notebook as Colab opens it: what it needs is fetched after its title, and its outputs stay."
+    nb = nbformat.read(path, 4)
+    nb.cells.insert(1, nbformat.v4.new_code_cell(COLAB, id="colab"))
+    return nbformat.writes(nb)
 
 
 def module(name: str) -> str:
@@ -156,6 +171,9 @@ def main(argv: list[str] | None = None) -> None:
         config = Path(folder) / "mkdocs.yml"
         config.write_text(yaml.safe_dump(configuration(docs, args.out.resolve(), nav)), "utf-8")
         build(load_config(str(config)))
+    (args.out / "colab").mkdir()
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        (args.out / "colab" / path.name).write_text(for_colab(path), "utf-8")
     print(f"made: {args.out}/index.html")
 
 
