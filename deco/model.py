@@ -103,11 +103,14 @@ _ARGUMENTS = dict(                          # what a model's numbers may be, fro
     decoder_width=whole(1, 4096), decoder_depth=whole(1, 256), decoder_gain=FINITE,
     blur=between(0, 512), low_pass=between(0, 1000), asym_rank=whole(0, 3 * 512**2),
     decoder_patch=whole(1, 512), field_width=whole(1, 1024), field_depth=whole(1, 256))
+_WORDS = "prediction", "recompute", "decoder_interaction"                 # which the models check themselves
 
 def check_arguments(config: dict) -> None:
     "Check a model's arguments. Raises ValueError naming the first that makes no sense, or would be ignored."
     if not isinstance(config, dict): raise ValueError("a configuration is an object of names and values")
     for name, value in config.items():
+        if name not in (*_ARGUMENTS, *_WORDS):
+            raise ValueError(f"there is no {name!r}, but {', '.join((*_ARGUMENTS, *_WORDS))}")
         wrong = broken(_ARGUMENTS[name], value) if name in _ARGUMENTS else ""
         if wrong: raise ValueError(f"{name} must be {wrong}, not {one_line(repr(value), 200)}")
     ignored = [name for name in ("text_length", "text_depth", "official_text") if config.get(name)]

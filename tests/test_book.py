@@ -64,7 +64,7 @@ def test_links(pages):
 
 
 def test_colab(pages):
-    "A page's button opens its notebook on the branch that the site's folder colab becomes, with all its cells."
+    "A page's button opens its notebook on the branch that the folder colab becomes, with all its cells."
     pages, out = pages
     for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
         button = f"https://colab.research.google.com/github/deco-diffusion/deco/blob/colab/{path.name}"

@@ -78,7 +78,7 @@ def turn_back(x, cos, sin, rotated=deco.fused._rotated): return rotated(x, cos, 
 
 
 MEMORY = torch.OutOfMemoryError("out of memory: 80 GiB")
-FAULTS = {"golden": (deco.fused, "_rotated", turn_back, "velocity of c2i"),                      # a wrong sign
+FAULTS = {"golden": (deco.fused, "_rotated", turn_back, "velocity of c2i"),                    # a wrong sign
           "losses": (deco.decoder, "modulate", lambda x, shift, scale: x * math.nan, "nan"),
           "step": (torch.nn.functional, "scaled_dot_product_attention",
                    fail(NotImplementedError("no such kernel")), "no such kernel"),

@@ -4,7 +4,7 @@
 
 Each notebook becomes a page, each module of `deco` one of its API. Formulas are MathML, which browsers draw
 themselves. Nothing that a page needs lies elsewhere: no script, font or picture is fetched from a network.
-OUT/colab has the notebooks as Colab opens them, from a branch of that name: with a cell that fetches the rest.
+OUT/colab has the notebooks as Colab opens them, from a branch of that name: a first cell fetches the rest.
 """
 import argparse
 import base64
