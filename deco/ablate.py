@@ -66,11 +66,17 @@ def _mini_row(depth=None, prediction="x", freq_weight=1.0):
     return dict(model="dit-toy", model_args=args, freq_weight=freq_weight)
 
 REPA = dict(repa="efficientnet-lite0", repa_layer=2)
+IREPA = REPA | dict(repa_projector="conv", repa_norm=0.8)
+AFTER = {                                               # what came after DeCo (24_after), on any row
+    "egfm": dict(blur=3.5), "repa": REPA, "irepa": IREPA, "egfm-irepa": IREPA | dict(blur=3.5),
+    "perceptual": dict(perceptual="efficientnet-lite0"),
+}
 NARROW = "width=128,heads=2"                                            # narrower than a patch's 192 numbers
 COARSE = dict(data="openmoji", size=64)                        # patches of 16: 768 numbers, for tokens of 192
 QUIET = ["--sample-every", "2000000000", "--log-every", "5"]
 BASE = ["--preset", "cifar10", "--images", "25600", *QUIET]
-BASES = dict(pictures=["--preset", "openmoji", *QUIET])                 # of tables that have another
+LONG = ["--preset", "openmoji", *QUIET]
+BASES = {"pictures": LONG, "after": LONG}                               # of tables that have another
 
 # %% ../nbs/22_ablations.ipynb #a_rows2
 ROWS = {                                                            # what each changes of a training's Config
@@ -101,6 +107,15 @@ ROWS = {                                                            # what each 
     "patch8-velocity": _patch8_row(6, "velocity"),
     "patch8-dit-velocity": _patch8_row(7, "velocity", "dit-toy"),
 }
+for name, changed in AFTER.items():
+    ROWS |= {f"mini-{name}": _mini_row() | changed, f"deco-{name}": _deco_row() | changed}
+for name, args in {"low-pass": "low_pass=30", "asym": "prediction=asym", "x": "prediction=x"}.items():
+    ROWS[f"deco-{name}"] = _deco_row(args)
+ROWS |= {
+    "mini-low-pass": _mini_row(prediction="x,low_pass=30"), "mini-asym": _mini_row(prediction="asym"),
+    "mini-clamp": _mini_row() | dict(clamp_target=True),
+    "deco-clamp": _deco_row("prediction=x", clamp_target=True),
+}
 for lr in (5e-4, 1e-3, 4e-3):
     ROWS |= {f"dit-lr-{lr}": _dit_row(lr=lr), f"deco-lr-{lr}": _deco_row(freq_weight=0.0, lr=lr)}
 TABLES = {                                                              # the rows of each
@@ -115,6 +130,9 @@ TABLES = {                                                              # the ro
     "pictures": ("mini", "mini-dit", "mini-nofreq", "mini-velocity", "mini-dit-velocity",
                  "mini-velocity-nofreq", "mini-dit-freq", "mini-dit-velocity-freq",
                  "patch8", "patch8-dit", "patch8-velocity", "patch8-dit-velocity"),
+    "after": ("mini", "mini-clamp", "mini-low-pass", "mini-asym", *(f"mini-{name}" for name in AFTER)),
+    "after-cifar": ("deco", "deco-x", "deco-clamp", "deco-low-pass", "deco-asym",
+                    *(f"deco-{name}" for name in AFTER)),
     "tune": ("dit-lr-0.0005", "dit-lr-0.001", "dit", "dit-lr-0.004",
              "deco-lr-0.0005", "deco-lr-0.001", "deco-nofreq", "deco-lr-0.004"),
 }
@@ -135,8 +153,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 class Ablation:
     "Every setting of a table of ablations beside those of the trainings, with its default."
     table: str = setting(MISSING, "", "which rows: the paper's Table 1 or 4, what it leaves open, "
-                         "tokens narrower or patches coarser, the learning rate, or the README's recipe and "
-                         "length (pictures)", tuple(TABLES), positional=True)
+                         "tokens narrower or patches coarser, the learning rate, the README's recipe and "
+                         "length (pictures), or what came after DeCo (after, after-cifar)", tuple(TABLES),
+                         positional=True)
     rows: tuple[str, ...] | None = setting(None, "", "only these rows (default: all of the table)",
                                            nargs="+", choices=ROWS, metavar="ROW")
     seeds: tuple[int, ...] = setting((0, 1, 2), "", "how many seeds of each row, 0, 1, ...; or which, as in "
@@ -319,7 +338,8 @@ def plot_rows(figure, rows: list[dict], metrics=("fid", "blockiness")) -> None:
 def run_table(settings: Ablation, base: Config | None = None) -> list[dict]:
     """Train and measure the rows of a table that are not done, and write TABLE.csv and TABLE.png.
 
-    base: the training that rows are changes of: 25,600 images of CIFAR-10, and for "pictures" the README's.
+    base: the training that rows are changes of: 25,600 images of CIFAR-10, and for "pictures" and "after" the
+    README's.
     Returns all observations of the table: none, with nothing written, while other processes have all runs in
     hand. Raises ValueError for settings that make no sense.
     """

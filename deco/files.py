@@ -463,7 +463,7 @@ class Files(Dataset):
             self.bad[path] = problem
             if len(self.bad) <= self.max_bad * share: continue
             raise ValueError(f"bad pictures: {len(self.bad)}, more than {self.max_bad:g} of {share:,}; "
-                             f"{path} ({problem}): mend or raise max_bad")
+                             f"{path} ({problem}): mend or raise --max-bad")
 
 # %% ../nbs/40_files.ipynb #c043
 def _caught(read, k):

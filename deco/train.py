@@ -229,7 +229,8 @@ def make_model(cfg: Config, num_classes: int, text_encoder: TextEncoder | None) 
     if cfg.clamp_target and model.config["prediction"] != "x":
         raise ValueError("--clamp-target is for a model that predicts the picture: "
                          "--model-args prediction=x, or leave it out")
-    model.grid(torch.empty(1, 3, cfg.size, cfg.size, device="meta"), model.blank(1))     # does the size fit?
+    if cfg.size % model.patch_size:
+        raise ValueError(f"--size {cfg.size} must be a multiple of the model's patch size {model.patch_size}")
     if cfg.init: start_from(cfg.init, model)
     return model
 
