@@ -86,7 +86,10 @@ def write_atomic(path: Path, write: Callable, lasting: bool = True) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode         # as this user's files have it: safetensors would make it 0600
         write(temporary)
+        temporary.chmod(mode)
         if lasting: flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e: raise cannot_write(path, e) from None

@@ -85,7 +85,8 @@ def card(model: DiT, info: dict) -> str:
     train, metrics, text = info.get("train") or {}, info.get("metrics"), info.get("text")
     rows = {k: info[k] for k in ("source", "images_seen") if k in info}
     rows |= {k: train[k] for k in _RECIPE if k in train}
-    if "data" in rows: rows["data"] = Path(rows["data"]).name   # what is above a folder is nobody's business
+    for k in rows.keys() & {"source", "data"}:              # what is above a folder is nobody's business
+        if k == "data" or Path(rows[k]).is_absolute(): rows[k] = Path(rows[k]).name
     training = _rows(rows) if rows else "Not recorded."
     if train.get("data") == "openmoji": training += f"\n\n{_EMOJI}"
 

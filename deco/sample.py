@@ -21,7 +21,7 @@ from .core import (ABOVE_0, AT_LEAST_0, AT_LEAST_1, barrier, broken, check_finit
                        one_line, parse_settings, Parser, pick_device, process_group, progress, read_json,
                        run_command, setting, SHARE, SIDE, STEPS, whole, write_atomic, write_picture,
                        write_text)
-from .data import make_grid, to_image, to_uint8
+from .data import EXTENSIONS, make_grid, to_image, to_uint8
 from .dit import DiT
 from .flow import SOLVERS
 from .model import compile_parts, load, read_info, run_folder, sample_images
@@ -156,7 +156,9 @@ def claim(folder: Path, settings: dict) -> None:
     path = folder / "samples.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder: choose another --out")
-    if not path.exists() and (foreign := next(folder.glob("*.png"), None)):
+    found = (p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.suffix.lower() in EXTENSIONS)
+    foreign = next((p for p in found if not (p.parent / "samples.json").exists()), None)
+    if not path.exists() and foreign:
         raise ValueError(f"{foreign} is not of deco.sample, as there is no samples.json: "
                          "choose another --out")
     old = read_samples(path) if path.exists() else settings

@@ -34,7 +34,7 @@ from .core import (all_reduce, cannot_write, claim, dist_info, fill, first_line,
                        memory_mb, on_rank0, on_signals, parameter_count, pick_device, process_group, progress,
                        read_json, read_tensors, reader_processes, run_command, traits, whole_tensor,
                        write_atomic, write_figure, write_picture, write_text)
-from .data import epoch_indices, make_grid, to_float
+from .data import epoch_indices, EXTENSIONS, make_grid, to_float
 from .datasets import examples, NAMED, open_data
 from .dct import frequency_loss
 from .dit import DiT
@@ -462,6 +462,7 @@ def changed_flags(before: dict, cfg: Config) -> str:
     "Name the settings of a run that are not as they were, but for those that may change; '' for none."
     before = json.loads(json.dumps(asdict(Config()) | before))     # one that is newer than the run: as it was
     now = json.loads(json.dumps(asdict(cfg)))                            # as the file has it
+    for facts in (before, now): facts["data"] = os.path.normpath(str(facts["data"]))    # photos/ is photos
     return ", ".join(f"{flag(name)} {before[name]} (now {value})" for name, value in now.items()
                      if name not in _MAY_CHANGE and before[name] != value)
 
@@ -582,12 +583,14 @@ def resume(run: Run, folder: Path) -> None:
 # %% ../nbs/12_train.ipynb #t053
 def _is_number(value): return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
 
+_TABLES = "speed", "captions", "left_out"                   # of a row: numbers by name
+
 def _is_row(row):
     "Say whether something that was read is a row of the log: numbers by name, and lists and tables of them."
     if not isinstance(row, dict) or "images" not in row: return False
     lists = [v for k, v in row.items() if isinstance(v, list) and k == "mse_by_time"]
-    lists += [[*v.values()] for k, v in row.items() if isinstance(v, dict) and k in ("speed", "captions")]
-    alone = [v for k, v in row.items() if k not in ("mse_by_time", "speed", "captions")]
+    lists += [[*v.values()] for k, v in row.items() if isinstance(v, dict) and k in _TABLES]
+    alone = [v for k, v in row.items() if k not in ("mse_by_time", *_TABLES)]
     return (len(lists) + len(alone) == len(row) and all(map(_is_number, alone))
             and all(v is None or _is_number(v) for values in lists for v in values))
 
@@ -759,8 +762,15 @@ def recorded(folder: Path) -> dict:
     return {}
 
 def check_same_run(folder: Path, cfg: Config) -> None:
-    "Raise ValueError where the folder holds a run made with other settings, but for those that may change."
-    changes = changed_flags(recorded(folder).get("train", {}) or asdict(cfg), cfg)
+    """Raise ValueError where the folder holds a run made with other settings, but for those that may change.
+
+    Or where it holds somebody's pictures: a run writes its own among them.
+    """
+    before = recorded(folder).get("train", {})
+    foreign = next((p for p in folder.glob("*") if p.suffix.lower() in EXTENSIONS), None)
+    if not before and foreign and not (folder / "config.json").exists():
+        raise ValueError(f"{foreign} is not of deco.train, as there is no config.json: choose another --out")
+    changes = changed_flags(before or asdict(cfg), cfg)
     if changes: raise ValueError(f"{folder} was made with {changes}: use the same settings, or another --out")
 
 def _some(words):

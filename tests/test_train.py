@@ -133,6 +133,41 @@ def test_foreign_folder(photos, tmp_path):
     assert "config.json" in run(training, *SMALL, "--data", photos, "--out", tmp_path)
 
 
+def test_nothing_is_written_among_pictures(finished, photos, tmp_path):
+    "Neither a run nor a set of images goes into a folder of somebody's photographs."
+    for name in ("flat/IMG_1.jpg", "classes/cat/IMG_2.JPG"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    before = snapshot(tmp_path)
+    assert "IMG_1.jpg" in run(training, *SMALL, "--data", photos, "--out", tmp_path / "flat")
+    for folder, named in (("flat", "IMG_1.jpg"), ("classes", "IMG_2.JPG")):
+        command = [finished, "--num-images", "9", "--steps", "2", "--out", tmp_path / folder]
+        assert named in run(sampling, *command)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_left_out_is_in_the_log(tmp_path, capfd):
+    "A real folder holds other files too; they are counted in each row, and the rows stay rows."
+    pictures, out = tmp_path / "pictures", tmp_path / "run"
+    pictures.mkdir()
+    for k in range(4): Image.new("RGB", (20, 20), (60 * k, 0, 0)).save(pictures / f"{k}.png")
+    (pictures / "a.heic").write_bytes(b"of a telephone")
+    assert run(training, *SMALL, "--data", pictures, "--out", out) == ""
+    assert rows(out)[0]["left_out"] == {".heic": 1}
+    assert training.read_log(out / "log.jsonl") == rows(out)
+    assert "no rows" not in capfd.readouterr().err
+
+
+def test_a_slash_at_the_end(finished, photos):
+    assert run(training, *SMALL, "--data", f"{photos}/", "--out", finished) == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_others_may_read_the_weights(finished):
+    modes = {(finished / name).stat().st_mode for name in ("model.safetensors", "log.jsonl", "samples.png")}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "malicious"])
 def test_bad_checkpoint(damage, finished, photos, tmp_path):
     out = tmp_path / "run"

@@ -113,6 +113,8 @@ def test_card_says_what_is_unknown(tmp_path):
     tiny().save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "Not recorded." in text and "None were measured." in text and "license" not in header(tmp_path)
+    found = hub.card(tiny(), dict(source=str(tmp_path / "pictures"), train=dict(data="pictures")))
+    assert "| source | pictures |" in found and str(tmp_path) not in found      # nor whose home it is
     assert "CC BY-SA 4.0" in hub.card(tiny(), dict(train=dict(data="openmoji")))
     assert "| fid \\| x | 1 2 |" in hub.card(tiny(), dict(metrics={"fid | x": "1\n2"}))
 
