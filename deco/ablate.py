@@ -83,7 +83,7 @@ ROWS = {                                                            # what each 
     "dit": _dit_row(), "dit-freq": _dit_row(freq_weight=1.0), "dit-repa": _dit_row(**REPA),
     "jit": _dit_row("depth=7,prediction=x"), "pixnerd": _dit_row("depth=5,field_width=16"),
     "deco-nofreq": _deco_row(freq_weight=0.0), "deco": _deco_row(),
-    "deco-repa-nofreq": _deco_row(freq_weight=0.0, **REPA), "deco-repa": _deco_row(**REPA),
+    "deco-repa-nofreq": _deco_row(freq_weight=0.0, **REPA),
     "width-32": _deco_row("decoder_width=32", 0.0), "width-64": _deco_row("decoder_width=64", 0.0),
     "depth-1": _deco_row("decoder_depth=1", 0.0), "depth-6": _deco_row("decoder_depth=6", 0.0),
     "patch-2": _deco_row("decoder_patch=2"), "patch-8": _deco_row("decoder_patch=8"),
