@@ -67,7 +67,7 @@ def _mini_row(depth=None, prediction="x", freq_weight=1.0):
 
 REPA = dict(repa="efficientnet-lite0", repa_layer=2)
 IREPA = REPA | dict(repa_projector="conv", repa_norm=0.8)
-AFTER = {                                               # what came after DeCo (24_after), on any row
+AFTER = {                                               # what came after DeCo (25_after), on any row
     "egfm": dict(blur=3.5), "repa": REPA, "irepa": IREPA, "egfm-irepa": IREPA | dict(blur=3.5),
     "perceptual": dict(perceptual="efficientnet-lite0"),
 }

@@ -279,7 +279,7 @@ class DiT(nn.Module):
     "asym", in `asym_rank` directions of a patch (`patch_axes`) the velocity, in all others the picture, as in
     AsymFlow. v is a velocity in all of them.
     blur above 0: of EG-FM's path, that of `blurred_end`. low_pass above 0: what the tokens are made of has
-    passed a `low_pass` of this sharpness; the head sees the raw pixels (24_after).
+    passed a `low_pass` of this sharpness; the head sees the raw pixels (25_after).
     text_width above 0: y is a prompt's embeddings, of this width, at most text_length of them (30_text).
     text_depth: blocks that refine them. official_text: computed as the authors' code does.
 

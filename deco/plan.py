@@ -96,7 +96,7 @@ def flops(config: dict, size: _Size) -> dict[str, int]:
         parts[part] = config["depth"] * count
     parts["modulation"] += linear_flops(1, *model.time_embed.mlp[::2])
 
-    # what the options of 24_after multiply besides: an image's cosine transform and back, patches on axes
+    # what the options of 25_after multiply besides: an image's cosine transform and back, patches on axes
     numbers = tokens * model.config["channels"] * model.patch_size**2
     sides = 2 * size if isinstance(size, int) else sum(size)
     if "low_pass" in model.config: parts["low-pass"] = 4 * numbers * sides

@@ -62,7 +62,7 @@ class Encoder:
         return self.look(pixels, grid)
 
     def look(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        "Do the same for pixels of any kind of number, from 0 to 255, with their gradient (24_after)."
+        "Do the same for pixels of any kind of number, from 0 to 255, with their gradient (25_after)."
         B, (h, w) = len(pixels), grid
         out = self.net(pixels.to(self.device), grid).float()
         if out.ndim == 4:

@@ -109,7 +109,7 @@ def losses(objective: Callable, pixels: Tensor, y: Tensor, draws: tuple[Tensor, 
     pixels: uint8 (B, 3, S, S). y: labels (B,) or embeddings of prompts (B, L, E). draws: what
     `noise_times_coins` gives for them. All of them are on the objective's device.
     null: the y of one image that says nothing. teacher: gives the features (B, N, F) that REPA aligns to.
-    judge: gives those of images in [-1, 1] that the predicted picture must share (24_after).
+    judge: gives those of images in [-1, 1] that the predicted picture must share (25_after).
 
     Returns the parts by name (those that are on), and for the log (2, B): of each image the squared error of
     its velocity, and its time.
