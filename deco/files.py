@@ -143,25 +143,6 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
                b"PK": "zip"}
 _RECORD = 10_240                                                # a tar is filled up with zeros to a multiple
 
-def read_label(kind: str, content: bytes) -> str | None:
-    "Read the class that a .cls member gives, or a .json one under \"label\"; None for nothing."
-    try: row = json.loads(content) if kind == "json" else {"label": content.decode("utf-8-sig")}
-    except (ValueError, RecursionError): return None
-    return label_of(row) if isinstance(row, dict) else None
-
-def sample_key(name: str) -> tuple[str, str]:
-    """Split the name of a member of a tar shard into key and kind (in small letters).
-
-    The key is the path up to the first dot of the file's name, the kind what follows.
-    """
-    key, kind = re.fullmatch(r"((?:.*/)?[^/.]*)\.?([^/]*)", name, re.S).groups()
-    return key, kind.lower()
-
-def last_key(name: str) -> tuple[str, str]:
-    "Split a name at its last dot: key and kind, as `sample_key` does at the first."
-    key, kind = os.path.splitext(name)
-    return key, kind[1:].lower()
-
 def _early_end(file, end):
     "Say what is wrong where the reader of a tar has stopped, at byte `end`; '' at a true end."
     size = file.seek(0, os.SEEK_END)
@@ -195,6 +176,27 @@ def tar_members(shard: str, left_out: Counter) -> Iterator[tuple]:
     left_out["damaged tars"] += 1
     log.warning("no whole tar, used as far as it goes: %s (%s)", shard, problem)
 
+# %% ../nbs/40_files.ipynb #c027k
+def read_label(kind: str, content: bytes) -> str | None:
+    "Read the class that a .cls member gives, or a .json one under \"label\"; None for nothing."
+    try: row = json.loads(content) if kind == "json" else {"label": content.decode("utf-8-sig")}
+    except (ValueError, RecursionError): return None
+    return label_of(row) if isinstance(row, dict) else None
+
+def sample_key(name: str) -> tuple[str, str]:
+    """Split the name of a member of a tar shard into key and kind (in small letters).
+
+    The key is the path up to the first dot of the file's name, the kind what follows.
+    """
+    key, kind = re.fullmatch(r"((?:.*/)?[^/.]*)\.?([^/]*)", name, re.S).groups()
+    return key, kind.lower()
+
+def last_key(name: str) -> tuple[str, str]:
+    "Split a name at its last dot: key and kind, as `sample_key` does at the first."
+    key, kind = os.path.splitext(name)
+    return key, kind[1:].lower()
+
+# %% ../nbs/40_files.ipynb #c027r
 def _content(tar, m):
     "Read a small member; what is longer, or cut off, gives nothing."
     if m.size > MAX_TEXT: return b""
@@ -271,6 +273,21 @@ def _data_of_folder(source, files, pictures=0):
     example = os.path.join(os.path.dirname((tars + tables)[0]), next(iter(kinds)))
     raise ValueError(f"{source} holds {found}: give one kind, such as {example}, or move the others out")
 
+# %% ../nbs/40_files.ipynb #c030s
+SPLITS = {name: part for part, names in dict(
+    training="train training", validation="val valid validation dev", test="test testing eval").items()
+    for name in names.split()}
+
+def split_warning(index: Index) -> str:
+    "Warn of classes or shards that look like the parts of a data set; '' where there are none."
+    stems = [Path(path).stem for path, _ in index.bases if path.lower().endswith((".tar", ".parquet"))]
+    words = [name.lower() for name in index.classes] + re.split("[^a-z]+", " ".join(stems).lower())
+    words = [word for word in words if word in SPLITS]
+    parts = sorted({SPLITS[word] for word in words})
+    if len(parts) < 2: return ""
+    return (f"warning: these look like the {', '.join(parts)} parts of one data set, and all are used "
+            f"({', '.join(sorted(set(words)))}): to use one, give its folder or files")
+
 def _implied_classes(index, shards):
     """Say the class of each picture of shards in which no member says one; None where nothing does.
 
@@ -290,20 +307,6 @@ def _implied_classes(index, shards):
     return owners if len(stems) > 1 and (named_alike or differ) else None
 
 # %% ../nbs/40_files.ipynb #c033
-SPLITS = {name: part for part, names in dict(
-    training="train training", validation="val valid validation dev", test="test testing eval").items()
-    for name in names.split()}
-
-def split_warning(index: Index) -> str:
-    "Warn of classes or shards that look like the parts of a data set; '' where there are none."
-    stems = [Path(path).stem for path, _ in index.bases if path.lower().endswith((".tar", ".parquet"))]
-    words = [name.lower() for name in index.classes] + re.split("[^a-z]+", " ".join(stems).lower())
-    words = [word for word in words if word in SPLITS]
-    parts = sorted({SPLITS[word] for word in words})
-    if len(parts) < 2: return ""
-    return (f"warning: these look like the {', '.join(parts)} parts of one data set, and all are used "
-            f"({', '.join(sorted(set(words)))}): to use one, give its folder or files")
-
 def _read_index(path):
     "Read an index that was kept; None where there is none that is whole and still true."
     try:
