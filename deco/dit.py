@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'RMSNorm', 'rope_table', 'rotate', 'Attention', 'SwiGLU', 'TimeEmbedding', 'modulate',
-           'Block', 'Prompts', 'PatchHead', 'DiT']
+           'Block', 'PatchHead', 'DiT', 'Prompts']
 
 # %% ../nbs/04_dit.ipynb #c002
 import math
@@ -188,47 +188,6 @@ class Block(nn.Module):
                 mask: Tensor | None = None) -> Tensor:
         "Tokens (B, N, D) and condition c (B, 1, D) to tokens (B, N, D); rope, text, mask: as in `Attention`."
         return recomputed(self.recompute == "blocks", self._forward, x, c, rope, text, mask)
-
-# %% ../nbs/04_dit.ipynb #x003
-def _is_token(y):
-    """Tell which rows of embeddings (B, L, E) are a token's: (B, L) bool. Rows of zeros are padding.
-
-    The first always counts: a prompt without any token has to be something, or nothing could be looked at.
-    """
-    mask = (y != 0).any(-1)
-    mask[:, 0] = True
-    return mask
-
-class Prompts(nn.Module):
-    """Embeddings of a prompt as tokens that the blocks of a DiT look at. Paper, appendix B.
-
-    They are projected to `width`, placed, and refined by `depth` blocks that are trained along. features,
-    length: of the embeddings; official: padding counts as tokens, as in the authors' code; the rest as in
-    `Block`.
-    """
-    def __init__(self, features: int, length: int, depth: int, width: int, heads: int, mlp_ratio: float,
-                 recompute: str, official: bool):
-        super().__init__()
-        self.proj = nn.Linear(features, width)
-        self.norm = RMSNorm(width)
-        self.official = official
-        self.positions = nn.Parameter(torch.randn(length, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, recompute) for _ in range(depth))
-
-    def forward(self, y: Tensor, c: Tensor, images: int) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, L, features) and the condition c (B, 1, D) to tokens (B, L, D) and a mask.
-
-        mask: what `images` image tokens may look at, themselves first, (B, 1, 1, images + L) bool; None: all.
-        """
-        tokens = self.norm(self.proj(y)) + self.positions[:y.shape[1]]                  # (B, L, D)
-        mask = None if self.official else _is_token(y)[:, None, None]                   # (B, 1, 1, L)
-        for block in self.blocks: tokens = block(tokens, c, None, None, mask)
-        return tokens, None if mask is None else F.pad(mask, (images, 0), value=True)
-
-# %% ../nbs/04_dit.ipynb #c035cost
-def linear_flops(vectors: int, *linears: nn.Linear) -> int:
-    "Count the FLOPs of each Linear on so many vectors, summed: 2 for a multiplication and its addition."
-    return 2 * vectors * sum(linear.weight.numel() for linear in linears)
 
 # %% ../nbs/04_dit.ipynb #c035
 class PatchHead(nn.Module):
@@ -430,3 +389,44 @@ class DiT(nn.Module):
         if "blur" not in self.config: return (out - x) / left
         end, change = blurred_end(out, t, self.config["blur"])
         return t.view(-1, 1, 1, 1) * change + (end - x) / left
+
+# %% ../nbs/04_dit.ipynb #x003
+def _is_token(y):
+    """Tell which rows of embeddings (B, L, E) are a token's: (B, L) bool. Rows of zeros are padding.
+
+    The first always counts: a prompt without any token has to be something, or nothing could be looked at.
+    """
+    mask = (y != 0).any(-1)
+    mask[:, 0] = True
+    return mask
+
+class Prompts(nn.Module):
+    """Embeddings of a prompt as tokens that the blocks of a DiT look at. Paper, appendix B.
+
+    They are projected to `width`, placed, and refined by `depth` blocks that are trained along. features,
+    length: of the embeddings; official: padding counts as tokens, as in the authors' code; the rest as in
+    `Block`.
+    """
+    def __init__(self, features: int, length: int, depth: int, width: int, heads: int, mlp_ratio: float,
+                 recompute: str, official: bool):
+        super().__init__()
+        self.proj = nn.Linear(features, width)
+        self.norm = RMSNorm(width)
+        self.official = official
+        self.positions = nn.Parameter(torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, recompute) for _ in range(depth))
+
+    def forward(self, y: Tensor, c: Tensor, images: int) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (B, L, features) and the condition c (B, 1, D) to tokens (B, L, D) and a mask.
+
+        mask: what `images` image tokens may look at, themselves first, (B, 1, 1, images + L) bool; None: all.
+        """
+        tokens = self.norm(self.proj(y)) + self.positions[:y.shape[1]]                  # (B, L, D)
+        mask = None if self.official else _is_token(y)[:, None, None]                   # (B, 1, 1, L)
+        for block in self.blocks: tokens = block(tokens, c, None, None, mask)
+        return tokens, None if mask is None else F.pad(mask, (images, 0), value=True)
+
+# %% ../nbs/04_dit.ipynb #c035cost
+def linear_flops(vectors: int, *linears: nn.Linear) -> int:
+    "Count the FLOPs of each Linear on so many vectors, summed: 2 for a multiplication and its addition."
+    return 2 * vectors * sum(linear.weight.numel() for linear in linears)
