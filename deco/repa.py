@@ -73,6 +73,21 @@ class Encoder:
         raise ValueError(f"the encoder {self.label} gave {tuple(out.shape)}, not {want}: "
                          "nothing is cut to fit")
 
+# %% ../nbs/07_repa.ipynb #a042
+def efficientnet(path: Path):
+    """Load EfficientNet-lite0, trained on ImageNet: the network, a function, the number of features.
+
+    The function gives the 320 channels of its last block, one vector per 32 x 32 pixels of its input.
+    """
+    net = efficientnet_lite0()
+    fill(net, read_checkpoint(path), str(path))
+    def run(pixels, grid):
+        x = efficientnet_input(pixels, (32 * grid[0], 32 * grid[1]))
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for block in net._blocks: x = block(x)
+        return x                                                         # (B, 320, h, w)
+    return net, run, 320
+
 # %% ../nbs/07_repa.ipynb #a030
 _IMAGENET = torch.tensor([[0.485, 0.456, 0.406],             # mean and deviation of its pixels
                           [0.229, 0.224, 0.225]])
@@ -112,21 +127,6 @@ def dinov2(path: Path, **config):
         tokens = torch.cat([net.cls_token.expand(len(patches), -1, -1), patches], 1)
         return net.norm(net.blocks(tokens + dino_positions(net.pos_embed, grid)))[:, 1:]
     return net, run, net.embed_dim
-
-# %% ../nbs/07_repa.ipynb #a042
-def efficientnet(path: Path):
-    """Load EfficientNet-lite0, trained on ImageNet: the network, a function, the number of features.
-
-    The function gives the 320 channels of its last block, one vector per 32 x 32 pixels of its input.
-    """
-    net = efficientnet_lite0()
-    fill(net, read_checkpoint(path), str(path))
-    def run(pixels, grid):
-        x = efficientnet_input(pixels, (32 * grid[0], 32 * grid[1]))
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        for block in net._blocks: x = block(x)
-        return x                                                         # (B, 320, h, w)
-    return net, run, 320
 
 # %% ../nbs/07_repa.ipynb #a046
 def _default_path(name):
