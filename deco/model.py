@@ -67,7 +67,7 @@ class Pretrained:
         """Read the model of a folder or of a hub repository "owner/name", for evaluation.
 
         `model.info` is what config.json says beside the model. "openmoji-mini", "openmoji-toy", "cifar10-toy"
-        (22_ablations), "scenes-toy" and "openmoji-text-toy" (33_scenes) come with deco. hub: revision,
+        (24_gallery), "scenes-toy" and "openmoji-text-toy" (33_scenes) come with deco. hub: revision,
         token, cache_dir, local_files_only, ... Raises FileNotFoundError, OSError or ValueError naming what
         is wrong.
         """
