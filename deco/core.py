@@ -559,7 +559,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"python -m deco.{command}", formatter_class=_Help, allow_abbrev=False, **texts)
 
     def error(self, message: str):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        unknown = re.match(r"unrecognized arguments: -(?:-image)?(-[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         guess = f"; did you mean {near[0]}?" if near else ""
         sys.exit(f"error: {one_line(message)}{guess} (--help lists everything)")

@@ -8,6 +8,7 @@ __all__ = ['parameters', 'flops', 'flops_per_image', 'step_flops', 'activations'
 
 # %% ../nbs/43_plan.ipynb #p002
 import math
+import sys
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -327,7 +328,10 @@ def cost(cfg, **machine) -> str:
     Raises ValueError as `plan` does.
     """
     check_settings(cfg)
-    classes = NAMED[cfg.data].classes if cfg.data in NAMED else 1000
+    named = NAMED.get(cfg.data)
+    if not (named or cfg.text):
+        print(f"note: {cfg.data} is not looked up here: counted as 1,000 classes", file=sys.stderr)
+    classes = named.classes if named else 1000
     config = SIZES[cfg.model] | model_args(cfg.model_args) | dict(num_classes=classes)
     if cfg.text: config |= dict(text_width=_text_width(cfg.text), text_length=cfg.text_length)
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute

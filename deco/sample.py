@@ -99,7 +99,7 @@ def write_samples(model: DiT, labels: list[int], size: int, folder: Path, *, see
     """
     paths = [image_path(folder, i) for i in range(len(labels))]
     starts = range(0, len(labels), batch_size)[rank::world_size]
-    sides = (size, size) if isinstance(size, int) else size
+    sides = np.broadcast_to(size, 2)
     starts = [i for i in starts if not all([_is_drawn(p, *sides) for p in paths[i:i + batch_size]])]
     evaluated = []
     drawn = 0
@@ -302,6 +302,8 @@ def prepare(drawing: Drawing) -> Prepared:
         raise ValueError(f'{run / "config.json"} names no language model: add "text": {{"name": ...}} to it')
     check_finite(model, str(run / file))
     size = _image_size(drawing, info)
+    if np.mod(size, model.patch_size).any():
+        raise ValueError(f"--size {size} must be a multiple of the model's patch size {model.patch_size}")
     weak = _load_weak(drawing, model, info)
     if weak: check_finite(weak, drawing.weak)
 
@@ -355,23 +357,25 @@ def write_set(prepared: Prepared, out: Path) -> str:
 
 # %% ../nbs/13_sample.ipynb #p007
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}         # of a grid
+_EXIF = (b"Exif\0\0MM\0*\0\0\0\x08\0\1\x011\0\2\0\0\0\x0c\0\0\0\x1a\0\0\0\0"
+         b"deco.sample\0")                            # a grid's: its Software (tag 305) is deco.sample
 _OTHERS = {".npy", ".zip", ".tar", ".gz", ".pt", ".ckpt", ".safetensors", ".json"}
 
-def _is_set(out):
-    "Tell whether images go to a folder or .npz, not to a grid. Raises ValueError for another kind of file."
+def _grid_kind(out):
+    "Give the format of a grid's file, None for a folder or .npz. Raises ValueError for another kind."
     suffix = out.suffix.lower()
-    if suffix in _PICTURES: return False
+    if suffix in _PICTURES: return _PICTURES[suffix]
     if suffix in _OTHERS or suffix in Image.registered_extensions():
         raise ValueError(f"--out {out}: give a .png, .jpg, .webp or .npz file, or a folder")
-    return True
+    return None
 
-def _check_grid(cfg, prepared):
-    "Raise ValueError where a grid would have more pixels than a picture can hold."
-    height, width = (prepared.size,) * 2 if isinstance(prepared.size, int) else prepared.size
+def _check_grid(cfg, prepared, kind):
+    "Raise ValueError where a grid would have more pixels than a picture of this kind can hold."
+    height, width = np.broadcast_to(prepared.size, 2)
     columns = min(cfg.columns, cfg.num_images)
     rows = -(-cfg.num_images // columns)
     sides = columns * cfg.scale * (width + 2), rows * (cfg.scale * (height + 2) + 12)
-    most = dict(WEBP=16_383, JPEG=65_500).get(_PICTURES[Path(cfg.out).suffix.lower()], 10**6)
+    most = dict(WEBP=16_383, JPEG=65_500).get(kind, 10**6)
     if max(sides) > most or sides[0] * sides[1] > 2**28:                              # 800 MB
         raise ValueError(f"the grid would have {sides[0]:,} x {sides[1]:,} pixels: take a smaller --scale or "
                          "fewer images, or give a folder as --out")
@@ -384,13 +388,16 @@ def draw(cfg: Sampling) -> str:
     """
     check_settings(cfg)
     out = Path(cfg.out)
-    if _is_set(out): return write_set(prepare(cfg), out)
+    kind = _grid_kind(out)
+    if not kind: return write_set(prepare(cfg), out)
+    if out.exists() and b"deco.sample" not in out.read_bytes():
+        raise ValueError(f"{out} is there, and not by deco.sample: remove it, or choose another --out")
     prepared = prepare(cfg)
-    _check_grid(cfg, prepared)
+    _check_grid(cfg, prepared, kind)
     images = sample_images(prepared.model, prepared.labels, prepared.size, **prepared.solver)
     names = [prepared.names[i] for i in prepared.labels]
     grid = make_grid(images, cfg.columns, cfg.scale, names if cfg.names else None)
-    write_atomic(out, lambda p: grid.save(p, _PICTURES[out.suffix.lower()]))
+    write_atomic(out, lambda p: grid.save(p, kind, exif=_EXIF))
     kinds = list(dict.fromkeys(names))
     more = f" and {len(kinds) - 10} more" if len(kinds) > 10 else ""
     return one_line(f"{out}: {len(images)} images of {', '.join(kinds[:10])}{more}")

@@ -240,6 +240,12 @@ COMPLAINTS = [
 def test_complaints(flags, word): assert word in run(planning, *flags)
 
 
+def test_data_that_is_elsewhere(capsys):
+    assert run(planning, "--data", "nosuch") == ""
+    assert capsys.readouterr().err == "note: nosuch is not looked up here: counted as 1,000 classes\n"
+    assert run(planning) == "" and not capsys.readouterr().err
+
+
 def test_command(capsys):
     for preset in PRESETS:
         assert run(planning, "--preset", preset) == ""

@@ -165,8 +165,10 @@ def test_settings_of_python(trained, tmp_path):
     assert prepared.settings["classes"] == prepared.names != prepared.info["classes"]
     for wrong, text in ((dict(num_images=0), "--num-images must be a whole number from 1 to 10000000, not 0"),
                         (dict(seed=-1), "--seed must be at least 0, not -1"),
-                        (dict(solver="rk9"), "--solver"), (dict(size=(8, 8, 8)), "--size takes")):
+                        (dict(solver="rk9"), "--solver"), (dict(size=(8, 8, 8)), "--size takes"),
+                        (dict(size=42, out=tmp_path / "y"), "--size 42 must be a multiple")):
         with pytest.raises(ValueError, match=text): draw(Sampling(run=trained, **wrong))
+    assert not (tmp_path / "y").exists()                                            # nor is a folder claimed
 
 
 def test_a_set_of_before_is_continued(trained, tmp_path):

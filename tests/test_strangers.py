@@ -121,6 +121,18 @@ def test_foreign_pictures(trained, tmp_path):
     assert "is a file, not a folder" in run(sample, *command[:-1], tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["photo.png", "photo.jpg", "photo.webp"])
+def test_a_grid_replaces_grids_alone(name, trained, tmp_path):
+    Image.new("RGB", (16, 16), "yellow").save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    command = [trained, "--num-images", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / name]
+    assert f"{name} is there, and not by deco.sample" in run(sample, *command)
+    assert (tmp_path / name).read_bytes() == before
+    (tmp_path / name).unlink()
+    assert run(sample, *command) == "" and run(sample, *command, "--seed", 1) == ""
+    with Image.open(tmp_path / name) as image: assert image.getexif()[305] == "deco.sample"
+
+
 KINDS = [("x.png", "PNG"), ("x.PNG", "PNG"), ("x.jpg", "JPEG"), ("x.webp", "WEBP")]
 
 @pytest.mark.parametrize("name, kind", KINDS)

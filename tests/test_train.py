@@ -95,7 +95,8 @@ BAD = ["--images 0", "--images many", "--batch-size 0", "--lr nan", "--lr -1", "
        "--parallel tp", "--micro-batch 5", "--repa dino", "--device cuda:99"]
 BAD = [(flags, flags.split()[0]) for flags in BAD] + [
     ("--size 20", "--size 20 must"), ("--preset nonsense", "nonsense"), ("--model deco-xxxl", "deco-toy"),
-    ("--batchsize 9", "did you mean --batch-size?"), ("--init /no/such/run", "/no/such/run"),
+    ("--batchsize 9", "did you mean --batch-size?"), ("--image-size 9", "did you mean --size?"),
+    ("--init /no/such/run", "/no/such/run"),
     ("--repa efficientnet-lite0 --repa-layer 9", "--repa-layer"),
     ("--blur -1", "--blur"), ("--model-args blur=3", "--blur"), ("--clamp-target", "prediction=x"),
     ("--model-args low_pass=-1", "low_pass"), ("--model-args asym_rank=4", "prediction=asym"),
