@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 import torch
 from torch import Tensor
+from .checkpoint import checkpoints, read_log, restore
 from .config import Config, parse as train_settings
 from .core import (AT_LEAST_0, NOT_EMPTY, NUMBER_4, SEED, STEPS, between, check_settings, claim,
                        parameter_count, Parser, pick_device, read_json, run_command, setting, table,
@@ -24,7 +25,7 @@ from .datasets import load_data
 from .metrics import compare, Extractor, load_extractor, reference_statistics, statistics
 from .model import sample_images
 from .plan import flops_per_image
-from .train import checkpoints, read_log, restore, Run, train
+from .train import Run, train
 
 # %% ../nbs/22_ablations.ipynb #a_blockiness
 def blockiness(images: Tensor, patch_size: int) -> float:

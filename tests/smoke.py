@@ -7,7 +7,7 @@ Alone, or under torchrun. DATA is "openmoji", or what else --data takes:
 """
 import sys
 from pathlib import Path
-from deco import config, core, evaluate, sample, train
+from deco import checkpoint, config, core, evaluate, sample, train
 
 CLASSIFIER = Path(__file__).parent.parent / "nbs/results/metrics_classifier/model.safetensors"
 
@@ -27,8 +27,8 @@ def smoke(preset: str, folder: Path, data: str, parallel: str) -> None:
 
 def complete(out: Path, samples: Path) -> None:
     "All that is there afterwards."
-    assert [row["images"] for row in train.read_log(out / "log.jsonl")] == [16, 32, 48, 64], out
-    assert [p.name for p in train.checkpoints(out)] == ["000000000032", "000000000064"], out
+    assert [row["images"] for row in checkpoint.read_log(out / "log.jsonl")] == [16, 32, 48, 64], out
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["000000000032", "000000000064"], out
     assert (out / "evaluation" / "report.md").exists(), out
     assert len(list(samples.glob("*.png"))) == 6, out
 

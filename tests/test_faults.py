@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import faults
 from conftest import run
-from deco import core, STOP_SIGNALS
+from deco import checkpoint, core, STOP_SIGNALS
 from deco import train as training
 from deco.core import claim, read_json, write_atomic
 
@@ -46,10 +46,10 @@ def test_no_line_of_a_log_stops_a_run(tmp_path, capsys):
     first, last = '{"images": 16, "mse": 1.0, "mse_by_time": [0.5, null]}', '{"images": 32, "mse": NaN}'
     rows = [first, *faults.LINES, last, '{"im']
     (tmp_path / "log.jsonl").write_text("\n".join(rows), "utf-8")
-    kept = training.read_log(tmp_path / "log.jsonl")
+    kept = checkpoint.read_log(tmp_path / "log.jsonl")
     assert [row["images"] for row in kept] == [16, 1e9, 32]
     assert len(capsys.readouterr().err.splitlines()) == 1
-    training._plot_log(tmp_path / "loss.png", kept)
+    checkpoint.plot_log(tmp_path / "loss.png", kept)
 
 
 # --- signals
@@ -115,8 +115,8 @@ def test_reader_killed():
 # --- one at a time
 
 def test_two_at_once(base, monkeypatch):
-    place, real = faults.Place(base), training.claim
-    monkeypatch.setattr(training, "claim", lambda folder, patience: real(folder, patience=0.1))
+    place, real = faults.Place(base), checkpoint.claim
+    monkeypatch.setattr(checkpoint, "claim", lambda folder, patience: real(folder, patience=0.1))
     with claim(place.run) as holder:
         assert holder == ""
         place.refused(f"process {os.getpid()} on ", "since", "--out")
@@ -185,7 +185,7 @@ def test_elsewhere(base, tmp_path):
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-2000:]
     assert read_json(tmp_path / "out" / "R" / "evaluation" / "report.json")
     (tmp_path / "out" / "R" / "evaluation" / "report.md").read_text("utf-8")
-    log = training.read_log(tmp_path / "out" / "R" / "log.jsonl")
+    log = checkpoint.read_log(tmp_path / "out" / "R" / "log.jsonl")
     assert log and all(row["speed"]["memory_mb"] == 0 for row in log)
 
 
@@ -198,6 +198,6 @@ def test_wandb(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for parent in ("a", "b"): (tmp_path / parent / "run").mkdir(parents=True)
     for parent in ("a", "b", "a"):
-        training._to_wandb(training.Config(), tmp_path / parent / "run")(dict(images=16, speed={}))
+        checkpoint._to_wandb(training.Config(), tmp_path / parent / "run")(dict(images=16, speed={}))
     a, b, again = (settings["id"] for settings in started)
     assert a == again != b and logged == [(16, {})] * 3

@@ -20,7 +20,7 @@ FLOORS = (                                  # a module imports modules of lower 
     ("decoder",),
     ("model",),
     ("datasets", "official", "hub", "text", "config", "repa"),
-    ("plan", "sample"),
+    ("plan", "sample", "checkpoint"),
     ("train", "evaluate", "geneval", "scenes", "demo"),
     ("ablate",),
 )

@@ -13,7 +13,7 @@ import gpu
 import kill
 from conftest import begin, CONTEXT, run, to_its_end, two
 from deco.config import PRESETS
-from deco import core
+from deco import checkpoint, core
 from deco import train as training
 from deco.core import read_tensors
 from smoke import smoke
@@ -41,13 +41,13 @@ def torchrun_rank(folder: Path, module: str, *argv) -> None:
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     "All that the newest checkpoint holds; shares of FSDP are not put together."
-    files = sorted(training.checkpoints(out)[-1].glob("*.safetensors"))
+    files = sorted(checkpoint.checkpoints(out)[-1].glob("*.safetensors"))
     return {k: v for path in files for k, v in read_tensors(path).items()}
 
 
 def rows(out: Path) -> list[dict]:
     "The log, without how fast it was."
-    return [{k: v for k, v in row.items() if k != "speed"} for row in training.read_log(out / "log.jsonl")]
+    return [{k: v for k, v in row.items() if k != "speed"} for row in checkpoint.read_log(out / "log.jsonl")]
 
 
 def same(a: Path, b: Path) -> None:
@@ -121,7 +121,7 @@ def test_resume_two(straight, photos, tmp_path):
 def test_resume_elsewhere(straight, photos, tmp_path):
     "Two processes with DDP, then two with FSDP, then one: the same losses."
     shutil.copytree(straight / "two", tmp_path / "run")
-    shutil.rmtree(training.checkpoints(tmp_path / "run")[-1])                            # back to step 10
+    shutil.rmtree(checkpoint.checkpoints(tmp_path / "run")[-1])                            # back to step 10
     steps = [*STEPS, "--data", photos, "--out", tmp_path / "run"]
     two("deco.train", *steps, "--images", 240, "--parallel", "fsdp")
     assert run(training, *steps, "--images", 320) == ""
@@ -142,7 +142,7 @@ def test_muon(sharded, photos, tmp_path):
 def test_falls_back(straight, photos, tmp_path, capsys):
     "A damaged newest checkpoint: a warning that names it, and the one before is taken."
     shutil.copytree(straight / "one", tmp_path / "run")
-    path = next(training.checkpoints(tmp_path / "run")[-1].glob("*.safetensors"))
+    path = next(checkpoint.checkpoints(tmp_path / "run")[-1].glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert run(training, *STEPS, "--data", photos, "--images", 320, "--out", tmp_path / "run") == ""
     assert "000000000320" in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_keep(photos, tmp_path):
     "The newest two, and every 64 images."
     flags = ["--smoke", "--data", photos, "--images", 192, "--save-every", 16, "--sample-every", 192]
     assert run(training, *flags, "--keep-every", 64, "--out", tmp_path / "run") == ""
-    assert [int(p.name) for p in training.checkpoints(tmp_path / "run")] == [64, 128, 176, 192]
+    assert [int(p.name) for p in checkpoint.checkpoints(tmp_path / "run")] == [64, 128, 176, 192]
 
 
 def test_stop_two(photos, tmp_path):
@@ -164,13 +164,13 @@ def test_stop_two(photos, tmp_path):
     p = begin(tmp_path / "errors", "torch.distributed.run", *gpu.torchrun(2)[3:], "-m", "deco.train", *flags,
               "--images", "480000", prepare=partial(forked_ranks, tmp_path))
     deadline = time.time() + 120
-    while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
+    while not checkpoint.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
     p.terminate()
     p.join(120)
     err = (tmp_path / "errors0").read_text("utf-8")
     seen = rows(out)[-1]["images"]
     assert p.exitcode != 0 and f"stopped and saved after {seen:,} images" in err
-    assert int(training.checkpoints(out)[-1].name) == seen
+    assert int(checkpoint.checkpoints(out)[-1].name) == seen
     assert run(training, *flags, "--images", seen + 16) == "" and rows(out)[-1]["images"] == seen + 16
 
 

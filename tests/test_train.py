@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 import deco
 from conftest import begin, run
+from deco import checkpoint
 from deco import sample as sampling
 from deco import train as training
 from deco.config import Config, parse
@@ -37,7 +38,7 @@ def rows(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     "All that the newest checkpoint holds."
-    files = sorted(training.checkpoints(folder)[-1].glob("*.safetensors"))
+    files = sorted(checkpoint.checkpoints(folder)[-1].glob("*.safetensors"))
     return {k: v for path in files for k, v in read_tensors(path).items()}
 
 
@@ -78,7 +79,7 @@ def test_interrupt_saves(photos, tmp_path):
     flags = [*SMALL, "--data", str(photos), "--out", str(out), "--save-every", "64"]
     p = begin(tmp_path / "errors", "deco.train", *flags, "--images", "64000")
     deadline = time.time() + 120
-    while not training.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
+    while not checkpoint.checkpoints(out) and time.time() < deadline: time.sleep(0.1)
     p.terminate()
     p.join(120)
     err = (tmp_path / "errors").read_text("utf-8")
@@ -155,7 +156,7 @@ def test_what_is_left_out_is_in_the_log(tmp_path, capfd):
     (pictures / "a.heic").write_bytes(b"of a telephone")
     assert run(training, *SMALL, "--data", pictures, "--out", out) == ""
     assert rows(out)[0]["left_out"] == {".heic": 1}
-    assert training.read_log(out / "log.jsonl") == rows(out)
+    assert checkpoint.read_log(out / "log.jsonl") == rows(out)
     assert "no rows" not in capfd.readouterr().err
 
 
@@ -174,8 +175,8 @@ def test_bad_checkpoint(damage, finished, photos, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     shutil.copytree(finished, out, dirs_exist_ok=True)
-    shutil.rmtree(training.checkpoints(out)[0])                                # none to fall back to
-    path = next(training.checkpoints(out)[-1].glob("*.safetensors"))
+    shutil.rmtree(checkpoint.checkpoints(out)[0])                                # none to fall back to
+    path = next(checkpoint.checkpoints(out)[-1].glob("*.safetensors"))
     whole = path.read_bytes()
     class Mischief:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "was here"),)
@@ -215,7 +216,7 @@ def test_full_disk(finished, photos, tmp_path):
     names = ("config.json", "state.json")
     assert all(after[p] == b for p, b in before.items() if p.suffix == ".safetensors" or p.name in names)
     assert not list(out.rglob("*.tmp")) and not (out / "checkpoints" / "writing").exists()
-    assert run(training, *flags) == "" and training.checkpoints(out)[-1].name == "000000000128"
+    assert run(training, *flags) == "" and checkpoint.checkpoints(out)[-1].name == "000000000128"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody may write")

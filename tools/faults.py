@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from deco import checkpoint
 from deco import train as training
 from deco.core import run_command, write_text
 
@@ -53,7 +54,7 @@ class Place:
         if isinstance(code, str): print(code, file=err)
         return int(code != 0), out.getvalue(), err.getvalue()
 
-    def newest(self) -> Path: return training.checkpoints(self.run)[-1]
+    def newest(self) -> Path: return checkpoint.checkpoints(self.run)[-1]
 
     def same(self, log: bool = True, settings: bool = True) -> None:
         "Assert that the run is the one that nobody has disturbed."
@@ -66,7 +67,8 @@ class Place:
         Image.open(self.run / "loss.png").load()
         a, b = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (self.run, done))
         assert not settings or a == b, "config.json"
-        a, b = ([row | dict(speed=0) for row in training.read_log(f / "log.jsonl")] for f in (self.run, done))
+        a, b = ([row | dict(speed=0) for row in checkpoint.read_log(f / "log.jsonl")]
+                for f in (self.run, done))
         assert not log or a == b, "log.jsonl"
         left = [*self.run.rglob("*.tmp"), *self.run.glob("checkpoints/writing")]
         assert not left, left
@@ -100,7 +102,7 @@ def make_base(base: Path) -> None:
         with stop_at("replace", 11 if name == "half" else 0):            # the state.json of image 64
             with contextlib.suppress(Killed): assert place.train(*flags)[0] == 0
         shutil.copytree(place.run, base / name)
-    assert [p.name for p in training.checkpoints(base / "half")] == ["000000000032"]
+    assert [p.name for p in checkpoint.checkpoints(base / "half")] == ["000000000032"]
 
 
 @contextlib.contextmanager
@@ -239,7 +241,8 @@ def spoilt(name):
         if name == "cut": part.write_bytes(part.read_bytes()[:500])
         if name in ("of another seed", "the one before"):
             shutil.rmtree(path)
-            shutil.copytree(other if name == "of another seed" else training.checkpoints(place.run)[-1], path)
+            source = other if name == "of another seed" else checkpoint.checkpoints(place.run)[-1]
+            shutil.copytree(source, path)
         if name == "state of another seed": shutil.copy(other / "state.json", path)
         if name == "weights of another seed": shutil.copy(next(other.glob("*.safetensors")), path / part.name)
         if name == "not finite":
@@ -247,8 +250,8 @@ def spoilt(name):
             tensors["exp_avg.model.head.linear.bias"][0] = float("inf")
             save_file(tensors, part, dict(format="pt"))
             state = json.loads((path / "state.json").read_text("utf-8"))
-            state["files"] = training._checksums(path)
-            write_text(path / "state.json", json.dumps(state | dict(checksum=training._state_sum(state))))
+            state["files"] = checkpoint._checksums(path)
+            write_text(path / "state.json", json.dumps(state | dict(checksum=checkpoint._state_sum(state))))
         assert "000000000064" in place.mended()
     return go
 
@@ -280,7 +283,7 @@ def _(place):
 def _(place):
     shutil.rmtree(place.run)
     with stop_at("fsync", 3), contextlib.suppress(Killed): place.train()           # in the first checkpoint
-    assert not training.checkpoints(place.run) and training.read_log(place.run / "log.jsonl")
+    assert not checkpoint.checkpoints(place.run) and checkpoint.read_log(place.run / "log.jsonl")
     place.refused("--lr 0.004 (now 0.1)", flags=("--lr", 0.1))
     place.mended()
 
@@ -369,7 +372,7 @@ for line in LINES:
         path = place.run / "log.jsonl"
         rows = path.read_text("utf-8").splitlines()
         write_text(path, "\n".join([rows[0], line, *rows[1:]]) + "\n")
-        err = place.mended(log=not training._is_row(json.loads(line)) if line[:2] != "[[" else True)
+        err = place.mended(log=not checkpoint._is_row(json.loads(line)) if line[:2] != "[[" else True)
         assert len(err.splitlines()) <= 1 and "log.jsonl" in err + "log.jsonl" * (not err)
 
 @case("log: a last row without its speed, and one cut short", "half")
