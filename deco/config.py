@@ -96,8 +96,11 @@ class Config:
     perceptual_path: str = setting("", "loss",
         "file of its weights (default: its package's or its own download)")
     perceptual_weight: float = setting(0.01, "loss", "weight of that loss (authors: 0.01)", AT_LEAST_0)
+    lpips_weight: float = setting(0.0, "loss",
+        "weight of LPIPS between predicted and real picture, PixelGen's other half (authors: 0.1); it needs "
+        "'pip install lpips', which downloads VGG once", AT_LEAST_0)
     perceptual_from: float = setting(0.3, "loss",
-        "time from which on it counts: before, a prediction is a blur (authors: 0.3)", SHARE)
+        "time from which on both count: before, a prediction is a blur (authors: 0.3)", SHARE)
 
     # the sample grids
     guidance: float = setting(3.0, "pictures", "guidance of the sample grids", FINITE)

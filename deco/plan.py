@@ -310,7 +310,8 @@ def show(p: dict) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in rows)
 
 # %% ../nbs/43_plan.ipynb #p054
-_TEACHERS = {"dinov2-b": 86_579_712}      # parameters of encoders that cost something beside a large model
+# parameters of frozen networks that cost something beside a large model
+_TEACHERS = {"dinov2-b": 86_579_712, "lpips": 14_716_160}
 _TEXT_WIDTHS = {"minilm": 384, "Qwen/Qwen3-1.7B": 2048}
 
 def _text_width(name):
@@ -337,7 +338,8 @@ def cost(cfg, **machine) -> str:
     if cfg.recompute != "auto": config["recompute"] = cfg.recompute
     names = ("size", "batch_size", "images", "micro_batch", "precision", "parallel", "optimizer")
     settings = {name: getattr(cfg, name) for name in names}
-    frozen = sum(_TEACHERS.get(name, 0) for name in (cfg.repa, cfg.perceptual))         # each loads its own
+    networks = cfg.repa, cfg.perceptual, "lpips" if cfg.lpips_weight else ""            # each loads its own
+    frozen = sum(_TEACHERS.get(name, 0) for name in networks)
     text = show(plan(config, **settings, emas=len(cfg.ema_decay), teacher_parameters=frozen, **machine))
     if not cfg.text: return text
     return (f"{text}\nleft out the language model {cfg.text}: its weights, "

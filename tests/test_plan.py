@@ -93,6 +93,7 @@ def test_every_frozen_network_is_counted():
     assert gigabytes("--repa", "none") == 0
     assert gigabytes("--repa", "none", "--perceptual", "dinov2-b") == gigabytes() == 0.35
     assert gigabytes("--perceptual", "dinov2-b") == 0.69
+    assert gigabytes("--lpips-weight", "0.1") == 0.41                      # VGG's 14.7 million and 0.35
 
 
 def test_heads_say_what_they_are():

@@ -2,13 +2,16 @@
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 import deco
 from conftest import begin, run
 from deco import checkpoint
@@ -102,7 +105,8 @@ BAD = [(flags, flags.split()[0]) for flags in BAD] + [
     ("--blur -1", "--blur"), ("--model-args blur=3", "--blur"), ("--clamp-target", "prediction=x"),
     ("--model-args low_pass=-1", "low_pass"), ("--model-args asym_rank=4", "prediction=asym"),
     ("--blur 3 --model-args prediction=asym", "blur"),
-    ("--blur 3 --perceptual efficientnet-lite0", "--blur"), ("--repa-norm 2", "--repa-norm"),
+    ("--blur 3 --perceptual efficientnet-lite0", "--blur"), ("--blur 3 --lpips-weight 0.1", "--blur"),
+    ("--repa-norm 2", "--repa-norm"),
     ("--data /no/such/folder", "/no/such/folder")]
 
 @pytest.mark.parametrize("flags, named", BAD)
@@ -339,3 +343,19 @@ def test_weights_of_the_losses(photos, tmp_path):
     assert run(training, *SMALL, *flags, "--out", tmp_path / "run") == ""
     row, = rows(tmp_path / "run")
     assert row["loss"] == pytest.approx(2 * row["mse"] + row["freq"])
+
+
+def test_lpips(photos, tmp_path, monkeypatch):
+    "LPIPS is asked of both pictures, enlarged so that a patch has 16 pixels, and weighed as told."
+    class LPIPS(nn.Module):
+        def __init__(self, net, verbose): super().__init__()
+        def forward(self, a, b):
+            assert a.shape[-1] == b.shape[-1] == 32                         # 16 pixels, patches of 8
+            return torch.full((len(a), 1, 1, 1), 3.0) + 0 * a.sum()
+    flags = ["--data", photos, "--images", "16", "--lpips-weight", "0.1", "--perceptual-from", "0"]
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    assert run(training, *SMALL, *flags, "--out", tmp_path / "run") == ""
+    row, = rows(tmp_path / "run")
+    assert row["lpips"] == pytest.approx(3) and row["loss"] == pytest.approx(row["mse"] + row["freq"] + 0.3)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert "pip install lpips" in run(training, *SMALL, *flags, "--out", tmp_path / "no")
