@@ -12,16 +12,14 @@ import os
 import shutil
 import sys
 import time
-import uuid
 import warnings
 import zlib
-from contextlib import contextmanager, ExitStack, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from .config import Config
 from .core import (all_reduce, cannot_write, claim, dist_info, first_line, flag, flush, on_rank0,
                        read_json, write_figure, write_text)
@@ -172,7 +170,7 @@ def save_checkpoint(run, folder: Path, info: dict | None = None) -> None:
             dcp.save(run.tensors(),
                      storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
         on_rank0(complete)
-    except (OSError, CheckpointException) as e:
+    except (OSError, dcp.CheckpointException) as e:
         if dist_info().rank == 0: shutil.rmtree(new, ignore_errors=True)
         raise cannot_write(path, _met(e)) from None
 
@@ -194,7 +192,7 @@ def restore(run, path: Path) -> None:
         state = on_rank0(checked)
         with _alone_is_fine(): dcp.load(run.tensors(), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
         if not _all_finite(run): raise ValueError("it holds numbers that are not finite")
-    except (Exception, CheckpointException) as e:
+    except (Exception, dcp.CheckpointException) as e:
         raise ValueError(f"cannot resume from {path} ({first_line(_met(e))})") from None
     run.seen, run.step, run.bad = (state[name] for name in ("seen", "step", "bad"))
     run.planned = state["config"].get("images", run.cfg.images)
@@ -290,8 +288,8 @@ def class_counts(data) -> list[int]:
     "Count the images of each class."
     return torch.bincount(data.labels, minlength=len(data.classes)).tolist()
 
-def own(folder: Path, held: ExitStack) -> None:
-    """Claim a run's folder for as long as `held` is open, and clear away what a killed run has left.
+def own(folder: Path, held) -> None:
+    """Claim a run's folder while the ExitStack `held` is open, and clear away what a killed run has left.
 
     Raises ValueError saying who has it, OSError where it can't be made.
     """
@@ -304,7 +302,7 @@ def own(folder: Path, held: ExitStack) -> None:
 # %% ../nbs/16_processes.ipynb #p038
 def _running_mean(values, window=50):
     "Give for each value the mean of it and those before it, at most `window` of them."
-    sums = list(accumulate(values, initial=0.0))
+    sums = [0.0, *accumulate(values)]
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
 
 def plot_log(path, log):
@@ -343,7 +341,7 @@ def _to_tensorboard(folder):
 def _to_wandb(cfg, folder):
     import wandb
     path = folder / "wandb-id"                                       # two folders of one name are two runs
-    if not path.exists(): write_text(path, uuid.uuid4().hex[:12])
+    if not path.exists(): write_text(path, os.urandom(6).hex())
     wandb.init(project="deco", dir=str(folder), config=asdict(cfg), id=path.read_text("utf-8").strip(),
                name=folder.name, resume="allow")
     wandb.define_metric("*", step_metric="images")                   # its own steps can't go back, a run can

@@ -174,6 +174,7 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"cannot read checkpoint {path}: {name} has fewer numbers than places")
     return found
 
+# %% ../nbs/47_core.ipynb #k012f
 class _ShapesOnly(TorchFunctionMode):
     "Draw no numbers, and make what constants are computed from on the CPU."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -217,11 +218,11 @@ def check_finite(model: nn.Module, source: str) -> None:
             raise ValueError(f"{source}: the weights {name} hold NaN or infinity, as a training leaves them "
                              "that has diverged: take an earlier checkpoint")
 
+# %% ../nbs/47_core.ipynb #k012h
 def file_hash(path: Path, digits: int = 16) -> str:
     "Give the start of the SHA-256 of a file, by which reports know weights."
     return hashlib.sha256(path.read_bytes()).hexdigest()[:digits]
 
-# %% ../nbs/47_core.ipynb #k012i
 def cache_path(root: str | Path, kind: str, key: str, suffix: str = ".safetensors") -> Path:
     "Name the file (or, without a suffix, the folder) under `root` that keeps what is a function of `key`."
     digest = hashlib.blake2b(key.encode(errors="backslashreplace"), digest_size=8).hexdigest()
@@ -588,6 +589,22 @@ def parse_settings(parser: Parser, kind: type, argv: list[str] | None):
     check_settings(settings)
     return settings
 
+# %% ../nbs/47_core.ipynb #k062i
+def command_line(command: str, settings) -> str:
+    "Write the command that has these settings: its flags that are not at their defaults."
+    words = []
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value == f.default or value is None: continue
+        name = flag(f.name)
+        if isinstance(value, bool): words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if not f.metadata["how"].get("positional"): words.append(name)
+            words += map(str, values)
+    return f"python -m deco.{command} {shlex.join(words)}"
+
+# %% ../nbs/47_core.ipynb #k062s
 _noted = []                                     # the signals that `on_signals` has met
 
 @contextmanager
@@ -638,21 +655,6 @@ def run_command(main: Callable) -> None:
         if not full or os.environ.get("DECO_TRACEBACK"): raise
         sys.exit(f"error: out of memory ({one_line(first_line(e), 300)}): "
                  "take a smaller --size, --batch-size or model")
-
-# %% ../nbs/47_core.ipynb #k062i
-def command_line(command: str, settings) -> str:
-    "Write the command that has these settings: its flags that are not at their defaults."
-    words = []
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if value == f.default or value is None: continue
-        name = flag(f.name)
-        if isinstance(value, bool): words.append(name if value else name.replace("--", "--no-", 1))
-        else:
-            values = value if isinstance(value, (tuple, list)) else [value]
-            if not f.metadata["how"].get("positional"): words.append(name)
-            words += map(str, values)
-    return f"python -m deco.{command} {shlex.join(words)}"
 
 # %% ../nbs/47_core.ipynb #k071i
 def cell(value) -> str:

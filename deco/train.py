@@ -427,8 +427,6 @@ def _says(path, content):
     except (OSError, ValueError): return False
     return all(found.get(k) == v for k, v in json.loads(json.dumps(content)).items() if k != "train")
 
-def _is_newer(path, other): return path.exists() and path.stat().st_mtime >= other.stat().st_mtime
-
 def _write_results(run, folder, info, missing=False):
     """Write what is used elsewhere: averages with config.json, and the loss curve. Every process calls it.
 
@@ -447,7 +445,8 @@ def _write_results(run, folder, info, missing=False):
 
     def plot():
         path = folder / "loss.png"
-        if missing and _is_newer(path, checkpoints(folder)[-1] / "state.json"): return
+        state = checkpoints(folder)[-1] / "state.json"
+        if missing and path.exists() and path.stat().st_mtime >= state.stat().st_mtime: return
         plot_log(path, read_log(folder / "log.jsonl"))
     on_rank0(plot)
 
