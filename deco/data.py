@@ -25,9 +25,6 @@ from torch import Tensor
 from .core import generator, progress, write_tensors
 
 # %% ../nbs/01_data.ipynb #c006
-MIRRORED = ("Animals & Nature", "Food & Drink", "People & Body", "Smileys & Emotion")
-LETTERED = re.compile(r"HUNDRED|INPUT|ZZZ|SLEEPING|LEFT|RIGHT|SPEECH|BUBBLE")
-
 def openmoji_designs() -> list[tuple[Path, str, str]]:
     """List (SVG file, caption, class) of each colour design without a skin tone, in the order of code points.
 
@@ -106,6 +103,10 @@ class Images(Dataset):
     def read(self, i: Tensor) -> tuple[Tensor, Tensor, list]:
         "Read pictures (n,): pixels (n, 3, S, S) uint8 and targets; in memory, nothing has to be replaced."
         return self.pixels[i], self.targets(i), []
+
+# %% ../nbs/01_data.ipynb #mirrored
+MIRRORED = ("Animals & Nature", "Food & Drink", "People & Body", "Smileys & Emotion")
+LETTERED = re.compile(r"HUNDRED|INPUT|ZZZ|SLEEPING|LEFT|RIGHT|SPEECH|BUBBLE")
 
 # %% ../nbs/01_data.ipynb #5b1c0d77
 def openmoji(size: int = 32, root: str | Path = "data") -> Images:
