@@ -286,10 +286,11 @@ SAMPLE_BAD = [("--classes 7", "7"), ("--classes gren", "gren"), ("--steps 0", "s
 @pytest.mark.parametrize("flags, named", SAMPLE_BAD)
 def test_sample_bad(flags, named, finished, tmp_path):
     out = tmp_path / "grid.png"
-    out.write_text("before", "utf-8")
+    Image.new("RGB", (8, 8)).save(out, exif=sampling._EXIF)                 # an earlier grid
+    before = out.read_bytes()
     common = ["--steps", "2", "--num-images", "2", "--out", out]
     assert named in run(sampling, finished, *common, *flags.split())
-    assert out.read_text("utf-8") == "before"
+    assert out.read_bytes() == before
 
 
 def test_sample_needs_a_run(tmp_path): assert "config.json" in run(sampling, tmp_path)
