@@ -253,7 +253,8 @@ def test_drawing(captions_run, tmp_path):
     assert Image.open(tmp_path / "wide" / "000000.png").size == (32, 16)
     assert draw("wide", "--prompt", "sun", "--size", 16, 32) == ""
     assert "size" in draw("wide", "--prompt", "sun", "--size", 16)
-    assert "patch_size" in draw("d", "--size", 17) and "--size" in draw("d", "--size", 8, 8, 8)
+    assert "--size 17 must be a multiple" in draw("d", "--size", 17)
+    assert "--size" in draw("d", "--size", 8, 8, 8)
     of_classes = tmp_path / "classes"
     deco.save(of_classes, deco.create("deco-tiny", num_classes=3), dict(size=16))
     assert "--prompt" in run(sampling, of_classes, "--prompt", "x", "--out", tmp_path / "d.png")
