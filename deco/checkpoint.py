@@ -310,7 +310,7 @@ def plot_log(path, log):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 4))                                         # no layout: it would draw all twice
     ax = fig.subplots()
-    for part in ("mse", "freq", "repa"):
+    for part in ("mse", "freq", "repa", "perceptual", "lpips"):
         rows = [row for row in log if _is_number(row.get(part)) and math.isfinite(row[part])]
         if not rows: continue
         every = 1 + len(rows) // 5000                                    # of a long run: every so many rows

@@ -90,3 +90,14 @@ def in_two_processes(f: Callable, *args) -> None:
         port = s.getsockname()[1]
     start = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     mp.start_processes(as_rank, (port, f, args), nprocs=2, start_method=start)
+
+
+def direction(ratios: list[float]) -> str:
+    """Say whether ratios, one of each seed, are "lower" than 1, "higher", or "can't be told".
+
+    All seeds have to agree, and their mean to lie 3 % from 1; that of one seed alone, a fifth.
+    """
+    mean = sum(ratios) / len(ratios)
+    near = 0.2 if len(ratios) == 1 else 0.03
+    if abs(mean - 1) < near or len({ratio < 1 for ratio in ratios}) > 1: return "can't be told"
+    return "lower" if mean < 1 else "higher"
