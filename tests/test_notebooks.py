@@ -1,5 +1,7 @@
-"The notebooks as documents: rules that a run of their cells does not check."
+"The notebooks as documents: rules that a run of their cells does not check, or checks only after minutes."
+import ast
 import re
+from importlib import import_module
 from pathlib import Path
 import nbformat
 import pytest
@@ -23,6 +25,19 @@ def test_notebook(path):
         text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
         assert "Summary" in text and "Exercises" in text and "Next" in text
         assert any("image/png" in o.get("data", {}) for o in outputs), "no picture"
+
+
+def test_imports():
+    "A name that has moved to another module is named here at once, with its page."
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, 4).cells
+        lines = "\n".join(c.source for c in cells if c.cell_type == "code").splitlines()
+        code = "\n".join(line for line in lines if not line.lstrip().startswith(("!", "%")))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("deco"):
+                module = import_module(node.module)
+                missing = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert not missing, f"{path.stem}: {node.module} has no {', '.join(missing)}"
 
 
 def test_every_module_has_its_notebook():
