@@ -155,7 +155,7 @@ _IMAGENET = {                    # label_drop: 0.1 is the authors' default, 0.2 
     "dit-l-256":   ("dit-l",   256, 200_000 * 256, 0.1, 0.0),        # Table 1, "Baseline": FID 61.10
     "deco-xl-256": ("deco-xl", 256, 320 * _EPOCH,  0.2, 1.0),        # Table 2: FID 1.90; 800 epochs: 1.62
     "dit-xl-256":  ("dit-xl",  256, 320 * _EPOCH,  0.1, 0.0),        # Table 2, "Baseline": FID 2.79
-    "deco-xl-512": ("deco-xl", 512, 20 * _EPOCH,   0.2, 1.0),        # Table 2: FID 2.22, from the one above
+    "deco-xl-512": ("deco-xl", 512, 20 * _EPOCH,   0.2, 1.0),        # Table 2: FID 2.22, from deco-xl-256
 }
 for _name, _row in _IMAGENET.items():
     PRESETS[_name] = _PAPER | dict(zip(_IMAGENET_COLUMNS, _row))
@@ -185,7 +185,7 @@ _SMOKE = dict(data="openmoji", size=16, images=64, batch_size=16, workers=0, com
               log_every=1, steps=2, init="", repa_layer=1, device="cpu")
 
 def resolved(preset: str, smoke: bool = False) -> dict:
-    "Give what a preset changes; with smoke, shrunk to four steps of a tiny model that exercise everything."
+    "Give what a preset changes; with smoke, shrunk to four steps of a tiny model on small emoji."
     changes = PRESETS[preset]
     if not smoke: return changes
     baseline = changes.get("model", "").startswith("dit")
