@@ -29,7 +29,8 @@ COLAB = f"""# A machine of Colab has neither the package nor the files beside th
 %cd deco/nbs
 import sys
 sys.path[:0] = ["/content/deco", "/content/deco/nbs"]"""
-STYLE = ".md-grid { max-width: 80rem }\n"                       # so that a line of code fits
+# Lines of 110 columns fit: on a wide screen, and all but the last few columns at 1280 pixels.
+STYLE = ".md-grid { max-width: 80rem }\n.md-typeset pre > code { font-size: 0.76em }\n"
 
 
 # --- one notebook
