@@ -133,10 +133,10 @@ class Config:
 # %% ../nbs/10_config.ipynb #g012
 _CAPTIONS = dict(text="minilm", text_length=32, flip=False,              # a small language model, no download
                  model_args="patch_size=4,width=128,heads=2,text_depth=1,decoder_width=16")
+_RECIPE = dict(model="deco-mini", optimizer="muon", lr=4e-3, t_mean=-0.4)
 PRESETS = {
-    "openmoji": dict(model="deco-mini", optimizer="muon", lr=4e-3, ema_decay=(0.99,), t_mean=-0.4,
-                     images=57_600, sample_every=9_600, save_every=9_600),
-    "cifar10": dict(data="cifar10", images=128_000),
+    "openmoji": _RECIPE | dict(ema_decay=(0.99,), images=57_600, sample_every=9_600, save_every=9_600),
+    "cifar10": _RECIPE | dict(data="cifar10", ema_decay=(0.999,), images=256_000, guidance=1.5),
     "openmoji-text": _CAPTIONS | dict(images=256_000),
     "scenes": _CAPTIONS | dict(data="scenes", images=384_000, warmup=0.025, shift=2.0, sample_shift=2.0),
 }
