@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 import nbformat
 import pytest
+from notebooks import fold
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -20,6 +21,9 @@ def test_notebook(path):
     assert not any(o.output_type == "error" for o in outputs), "a saved error"
     code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
     assert not re.search(r"^from \S+ import \*", code, re.M), "a star import"
+    before = [dict(c.metadata) for c in nb.cells]
+    fold(nb)
+    assert [dict(c.metadata) for c in nb.cells] == before, "imports not folded: tools/notebooks.py run"
     assert path.stat().st_size < 1_000_000, "outputs too large"
     if path.stem[:2].isdigit():
         text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")

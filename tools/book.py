@@ -78,12 +78,6 @@ def shown(output, name: str, folder: Path) -> str:
     return ""
 
 
-def is_setting_up(source: str) -> bool:
-    "Is this a cell of imports, perhaps with what figures need? A reader can do without it."
-    imports_alone = not re.search(r"^(?!import |from |#|\))\S", source, re.M)
-    return source.startswith(("import ", "from ")) and (imports_alone or "from helpers import" in source)
-
-
 def folded(code: str) -> str:
     "A block that is opened by a click."
     return '??? quote "imports"\n\n' + re.sub(r"^(?=.)", "    ", code, flags=re.M)
@@ -100,7 +94,8 @@ def page(path: Path, figures: Path) -> str:
             parts.append(prose(source))
             continue
         code = block(source, "python")
-        parts.append(folded(code) if is_setting_up(source) else code)
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden")              # by tools/notebooks.py
+        parts.append(folded(code) if hidden else code)
         outputs = [shown(o, f"{path.stem}-{number}-{i}.png", figures) for i, o in enumerate(cell.outputs)]
         parts += filter(None, outputs)
     if path.stem[:2].isdigit():

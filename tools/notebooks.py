@@ -109,6 +109,21 @@ def execute(nb, export: bool = True):
     return nb
 
 
+def is_setting_up(source: str) -> bool:
+    "Is this a cell of imports, perhaps with what figures need? A reader can do without it."
+    source = re.sub(r"^#\|.*\n", "", source, flags=re.M).strip()
+    imports_alone = not re.search(r"^(?!import |from |#|\))\S", source, re.M)
+    return source.startswith(("import ", "from ")) and (imports_alone or "from helpers import" in source)
+
+
+def fold(nb) -> None:
+    "Hide the cells of imports in JupyterLab and on the site: a click opens one."
+    for cell in nb.cells:
+        cell.metadata.pop("jupyter", None)
+        hidden = cell.cell_type == "code" and is_setting_up(cell.source)
+        if hidden: cell.metadata["jupyter"] = {"source_hidden": True}
+
+
 def smaller(png: str) -> str:
     """A picture (base64 PNG) with a palette of 256 colours, where that is smaller and to the eye the same.
 
@@ -194,6 +209,7 @@ def refresh(path: Path, save: bool) -> Report:
     except (CellExecutionError, DeadKernelError, TimeoutError) as e:
         problems = [f"{type(e).__name__}: {str(e)[-3000:]}"]
     if save and not problems:
+        fold(fresh)
         nbformat.write(fresh, path)
         subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
     return Report(path.name, time.time() - start, problems)
