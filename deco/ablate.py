@@ -75,9 +75,9 @@ AFTER = {                                               # what came after DeCo (
 NARROW = "width=128,heads=2"                                            # narrower than a patch's 192 numbers
 COARSE = dict(data="openmoji", size=64)                        # patches of 16: 768 numbers, for tokens of 192
 QUIET = ["--sample-every", "2000000000", "--log-every", "5"]
-FIRST = ["--model", "deco-toy", "--optimizer", "adamw", "--lr", "2e-3", "--t-mean", "0",
-         "--ema-decay", "0.995", "--guidance", "3"]                    # the first recipe (14_recipe)
-BASE = ["--preset", "cifar10", *FIRST, "--images", "25600", *QUIET]
+FIRST_RECIPE = ["--model", "deco-toy", "--optimizer", "adamw", "--lr", "2e-3", "--t-mean", "0",
+                "--ema-decay", "0.995", "--guidance", "3"]             # the first recipe (14_recipe)
+BASE = ["--preset", "cifar10", *FIRST_RECIPE, "--images", "25600", *QUIET]
 LONG = ["--preset", "openmoji", *QUIET]
 BASES = {"pictures": LONG, "after": LONG}                               # of tables that have another
 
