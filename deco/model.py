@@ -46,10 +46,10 @@ class Pretrained:
     def from_pretrained(cls, folder_or_id: str | Path, **hub) -> "Pretrained":
         """Read the model of a folder or of a hub repository "owner/name", for evaluation.
 
-        `model.info` is what config.json says beside the model. "openmoji-mini", "openmoji-toy",
-        "cifar10-mini", "cifar10-toy" (24_gallery), "scenes-toy" and "openmoji-text-toy" (33_scenes) come with
-        deco. hub: revision, token, cache_dir, local_files_only, ... Raises FileNotFoundError, OSError or
-        ValueError naming what is wrong.
+        `model.info` is what config.json says beside the model. "openmoji-mini", "openmoji-64",
+        "openmoji-toy", "cifar10-mini", "cifar10-toy" (24_gallery), "scenes-toy" and "openmoji-text-toy"
+        (33_scenes) come with deco. hub: revision, token, cache_dir, local_files_only, ... Raises
+        FileNotFoundError, OSError or ValueError naming what is wrong.
         """
         from deco.hub import Published
         published = Published.from_pretrained(folder_or_id, **hub)

@@ -268,7 +268,8 @@ def test_upload(saved, monkeypatch, tmp_path):
     assert "\n" not in str(e.value) and (tmp_path / "y" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["cifar10-mini", "cifar10-toy", "openmoji-mini", "openmoji-toy"])
+@pytest.mark.parametrize("name", ["cifar10-mini", "cifar10-toy", "openmoji-64", "openmoji-mini",
+                                  "openmoji-toy"])
 def test_models_that_come_with_the_package(name, tmp_path, monkeypatch):
     "They load by name, from any folder, with their report; a folder of that name goes first."
     monkeypatch.chdir(tmp_path)
