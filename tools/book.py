@@ -31,6 +31,8 @@ import sys
 sys.path[:0] = ["/content/deco", "/content/deco/nbs"]"""
 # Lines of 110 columns fit: on a wide screen, and all but the last few columns at 1280 pixels.
 STYLE = ".md-grid { max-width: 80rem }\n.md-typeset pre > code { font-size: 0.76em }\n"
+# A formula in a line of prose, which may run on in the next line, not past a blank one. $5 and $6 is none.
+INLINE = r"(?<![\\$])\$(?!\s)((?:[^$\n]|\n(?!\s*\n))+?)(?<!\s)\$(?!\d)"
 
 
 # --- one notebook
@@ -47,7 +49,7 @@ def prose(text: str) -> str:
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
     for i in range(0, len(parts), 2):                           # the odd ones are code
         part = re.sub(r"\$\$(.+?)\$\$", lambda m: mathml(m[1], "block"), parts[i], flags=re.S)
-        part = re.sub(r"(?<![\\$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)", lambda m: mathml(m[1], "inline"), part)
+        part = re.sub(INLINE, lambda m: mathml(m[1], "inline"), part)
         part = re.sub(r"\]\((\w+)\.ipynb(?:#([^)]*))?\)", link, part)
         part = part.replace("](../", f"](https://github.com/{REPOSITORY}/")
         parts[i] = part
