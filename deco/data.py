@@ -327,7 +327,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}: "
-                                "give the path of a folder of images, 'openmoji' or 'cifar10'")
+                                "give the path of a folder of images, 'openmoji', 'cifar10' or 'scenes'")
     paths = [Path(place, name) for place, name, _ in walk_files(str(folder), Counter()) if is_image(name)]
     if paths: return paths
     raise FileNotFoundError(f"no image in {folder}: expected files ending in {' '.join(EXTENSIONS)}, "

@@ -369,7 +369,7 @@ def load_index(source: str | Path, root: str | Path = "data", labelled: bool = T
     for p in shards or [source]:
         if not os.path.exists(p):
             raise FileNotFoundError(f"no {p}: give an image folder, tar shards, parquet files, "
-                                    "'openmoji' or 'cifar10'")
+                                    "'openmoji', 'cifar10' or 'scenes'")
     left_out = Counter()
     if shards: index = _index_shards(shards, root, labelled, left_out, [])
     elif os.path.isdir(source): index = _index_folder(source, root, labelled, left_out)
