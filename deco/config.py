@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'Config', 'resolved', 'parse', 'check']
 
 # %% ../nbs/10_config.ipynb #g002
 import math
+import sys
 from dataclasses import dataclass
 from .core import (ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, FINITE, NOT_EMPTY, NORM, QUALITY, SEED,
                        SHARE, SIDE, STEPS, between, check_settings, Parser, setting)
@@ -198,7 +199,8 @@ def resolved(preset: str, smoke: bool = False) -> dict:
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
     """Read a command line into settings: defaults, then the preset, then --smoke, then what the flags say.
 
-    argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
+        argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
+    --help shows the preset's defaults.
     """
     parser = Parser("train",
         description="Train DeCo. Without flags: a small model on OpenMoji at 32 pixels, minutes on two CPU "
@@ -212,9 +214,10 @@ def parse(argv: list[str] | None) -> tuple[Config, bool]:
     add("--dry-run", action="store_true",
         help="print the resolved settings and what the run costs, train nothing")
     parser.add_settings(Config)
-    start, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**resolved(start.preset, start.smoke))
-    settings = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    start, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+    parser.set_defaults(preset=start.preset, **resolved(start.preset, start.smoke))
+    settings = vars(parser.parse_args(words))                   # answers --help, with the preset's defaults
     dry_run = settings.pop("dry_run")
     del settings["preset"], settings["smoke"]
     settings["ema_decay"] = tuple(settings["ema_decay"])
