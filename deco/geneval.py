@@ -125,7 +125,7 @@ class Export(Drawing):
 def export(cfg: Export) -> str:
     """Draw the pictures of a benchmark into `cfg.out`/images and check them; return a line about them.
 
-    Image k of prompt i has the noise number i per_prompt + k. Files that are there are not drawn again.
+    Image k of prompt i has the noise number i per_prompt + k. A prompt with all its files is not drawn again.
     Raises ValueError or OSError, with a text of one line, for whatever does not fit, or a file that is wrong.
     """
     check_settings(cfg)
