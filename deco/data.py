@@ -19,7 +19,7 @@ from pathlib import Path
 from textwrap import wrap
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
 from .core import generator, progress, write_tensors
@@ -173,6 +173,12 @@ def batch(data: Dataset, seed: int, start: int, size: int) -> tuple[Tensor, Tens
     return pixels, targets, bad
 
 # %% ../nbs/01_data.ipynb #c051
+def _font(text):
+    "Give the font of a name: Pillow's own has few letters beside the English ones, matplotlib's has most."
+    if text.isascii(): return ImageFont.load_default(10)
+    import matplotlib                                                              # takes its time
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 10)
+
 def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | None = None) -> Image.Image:
     """Draw images (B, 3, H, W) in [-1, 1] (or uint8) side by side on white, each pixel scale x scale.
 
@@ -191,7 +197,7 @@ def make_grid(x: Tensor, columns: int = 8, scale: int = 1, names: list[str] | No
         grid.paste(to_image(image).resize((scale * W, scale * H), Image.NEAREST), (left, top))
         for line, text in enumerate(texts[i] if names else []):
             place = left, top + scale * H + 12 * line
-            ImageDraw.Draw(grid).text(place, text, fill="black", font_size=10)
+            ImageDraw.Draw(grid).text(place, text, fill="black", font=_font(text))
     return grid
 
 # %% ../nbs/01_data.ipynb #c021

@@ -80,7 +80,8 @@ def _prompt_parts(text, info, arguments):
 def card(model: DiT, info: dict) -> str:
     """Write the text of a model card; what `info` does not hold, it says is unknown.
 
-    info, all optional: classes, text, prompts, size, source, train, images_seen, sampling, metrics, license.
+    info, all optional: classes, text, prompts, size, source, train, images_seen, sampling, metrics, notes (on
+    these), license.
     """
     train, metrics, text = info.get("train") or {}, info.get("metrics"), info.get("text")
     rows = {k: info[k] for k in ("source", "images_seen") if k in info}
@@ -90,12 +91,14 @@ def card(model: DiT, info: dict) -> str:
     training = _rows(rows) if rows else "Not recorded."
     if train.get("data") == "openmoji": training += f"\n\n{_EMOJI}"
 
+    numbers = _rows(metrics) if metrics else "None were measured."
+    numbers += "".join(f"\n\nNote: {cell(note)}." for note in info.get("notes") or [])
+
     arguments = _draw_arguments(model, info, train)
     parts = _prompt_parts(text, info, arguments) if text else _class_parts(model, info, arguments)
     body = _CARD.format(**parts, kind=type(model).__name__, count=parameter_count(model),
                         title=model.head.title, size=cell(info.get("size", "unknown")), training=training,
-                        configuration=_rows(model.config),
-                        numbers=_rows(metrics) if metrics else "None were measured.")
+                        configuration=_rows(model.config), numbers=numbers)
     return f"{_MARK}\n{body}"
 
 # %% ../nbs/45_weights.ipynb #w038
@@ -118,7 +121,7 @@ def _hub_error(what, e):
 
 # %% ../nbs/45_weights.ipynb #w040
 def _report_metrics(folder):
-    "Give as `metrics` what a folder's report says of its weights; {} for none. Warn of one of others."
+    "Give `metrics` and `notes` of a folder's report on its weights; {} for none. Warn of one of others."
     try: path, report = read_report(folder)
     except FileNotFoundError: return {}
     settings = report["settings"]
@@ -128,7 +131,8 @@ def _report_metrics(folder):
         return {}
     sampling = ("labels", "seed", "solver", "steps", "guidance", "interval", "shift")
     facts = dict(images=report["n"], extractor=report["extractor"], reference=report["reference"]["name"])
-    return {"metrics": report["metrics"] | facts | {k: settings[k] for k in sampling if k in settings}}
+    metrics = report["metrics"] | facts | {k: settings[k] for k in sampling if k in settings}
+    return dict(metrics=metrics, notes=report.get("notes", []))
 
 def _write_files(folder, write):
     "Let write(new) make a model's files in a new folder inside `folder`, then move them over the old ones."

@@ -25,7 +25,7 @@ FLOORS = (                                  # a module imports modules of lower 
     ("ablate",),
 )
 EXCEPTION = ("model", "hub")                # a model publishes itself: it imports deco.hub when asked to
-BUDGET = 69_600                             # raise it by what a new capability needs, and say so
+BUDGET = 69_700                             # raise it by what a new capability needs, and say so
 
 
 def written(path: Path) -> str:

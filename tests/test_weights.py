@@ -135,14 +135,17 @@ def test_numbers_of_a_report(saved):
     digest = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()[:16]
     settings = dict(weights=digest, guidance=2.0)
     report = dict(metrics=dict(fid=3.5), n=64, extractor="e 1", reference=dict(name="data"), spectra={},
-                  settings=settings)
+                  settings=settings, notes=["64 images are too few"])
     (saved / "evaluation").mkdir()
     path = saved / "evaluation" / "report.json"
     path.write_text(json.dumps(report), "utf-8")
     assert DeCo.from_pretrained(saved).info["metrics"] == INFO["metrics"]
     DeCo.from_pretrained(saved).save_pretrained(saved, {})                                # the same weights
     numbers = dict(fid=3.5, images=64, extractor="e 1", reference="data", guidance=2.0)
-    assert DeCo.from_pretrained(saved).info["metrics"] == numbers
+    again = DeCo.from_pretrained(saved)
+    assert again.info["metrics"] == numbers
+    again.save_pretrained(saved / "published")
+    assert "Note: 64 images are too few." in (saved / "published" / "README.md").read_text("utf-8")
     tiny().save_pretrained(saved, {})                                                     # others
     with pytest.warns(UserWarning, match="not known to be about these weights"):
         assert "metrics" not in DeCo.from_pretrained(saved).info
