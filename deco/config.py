@@ -199,7 +199,7 @@ def resolved(preset: str, smoke: bool = False) -> dict:
 def parse(argv: list[str] | None) -> tuple[Config, bool]:
     """Read a command line into settings: defaults, then the preset, then --smoke, then what the flags say.
 
-        argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
+    argv: None for this process's own. Returns the settings, unchecked, and whether it asks for a dry run.
     --help shows the preset's defaults.
     """
     parser = Parser("train",

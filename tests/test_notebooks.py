@@ -71,3 +71,16 @@ def test_glossary():
     for term, links in rows:
         for page in re.findall(r"\((\w+)\.ipynb\)", links):
             assert any(word.lower() in pages[page] for word in term.split(", ")), (term, page)
+
+
+def test_no_list_by_chance():
+    "No line of a paragraph begins as a list's item does (a minus of a formula, a number and a full stop)."
+    chance = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type != "markdown": continue
+            lines = re.sub(r"```.*?```", "", cell.source, flags=re.S).split("\n")
+            for before, line in zip(lines, lines[1:]):
+                in_list = not before.strip() or re.match(r"\s|[-*] |\d+\. |#|>", before)
+                if re.match(r"[-+*] |\d+\. ", line) and not in_list: chance.append((path.name, line))
+    assert not chance
